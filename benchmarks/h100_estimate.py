@@ -21,7 +21,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -37,12 +37,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from dist_peft.adapters.lora import layer as lora_layer
 from dist_peft.adapters.lora.layer import LoraLinear, LoraSpec
+from dist_peft.adapters.lora.siblings import link_siblings
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant import low_rank_linear
 from dist_peft.quant.assumed_device import assume_device
 from dist_peft.quant.codec import RawCodec
 from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.quant.shared_decodes import make_sharing_contexts
 from dist_peft.train.head_loss import compute_frozen_head_losses
 
 SHAPE = Path(__file__).parent.parent / "configs" / "bases" / "llama-3.1-8b.json"
@@ -56,14 +58,28 @@ seconds of the host for a launch with the Python and autograd around it: assumpt
 PEERS = {"surogate": 9400, "Unsloth": 8200}
 """Tokens a second of an 8B on an H100, as published by others."""
 
+
+class Case(NamedTuple):
+    """Who decodes; whether linears are fused with LoRA; dropout; whether linears of one input share
+    its products, and recomputation and backward a decode (``engine.share_decodes``)."""
+
+    decode: str
+    fused: bool
+    dropout: float = 0.0
+    siblings: bool = False
+    shares_decodes: bool = False
+
+
 CASES = {
-    "bnb, composed": ("bnb", False, 0.0),
-    "fused decode, composed": ("fused", False, 0.0),
-    "fused": ("fused", True, 0.0),
-    "bnb, composed, dropout": ("bnb", False, 0.05),
-    "fused, dropout": ("fused", True, 0.05),
+    "bnb, composed": Case("bnb", False),
+    "fused decode, composed": Case("fused", False),
+    "fused, apart": Case("fused", True),
+    "fused": Case("fused", True, siblings=True),
+    "fused, shared decodes": Case("fused", True, siblings=True, shares_decodes=True),
+    "bnb, composed, dropout": Case("bnb", False, 0.05),
+    "fused, dropout": Case("fused", True, 0.05, siblings=True),
+    "fused, dropout, shared decodes": Case("fused", True, 0.05, True, True),
 }
-"""Who decodes, whether linears are fused with LoRA, dropout."""
 
 DTYPE = torch.bfloat16
 FREE = (
@@ -121,9 +137,10 @@ class CountedOperators(TorchDispatchMode):
         name = func.__name__.partition(".")[0]
         if name in FREE:
             return result
-        flops = 0
-        if func.overloadpacket in flop_registry:
-            flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        flops, packet = 0, func.overloadpacket
+        packet = torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         kind = self.other
         if flops:
             small = any(
@@ -140,8 +157,10 @@ class FusedKernels:
     def __init__(self, mode: CountedOperators) -> None:
         self.mode = mode
 
-    def project_rows(self, x: Tensor, factor: Tensor, scaling: float, keys: Any = None) -> Tensor:
-        inner = x.new_empty(x.shape[0], factor.shape[0])
+    def project_rows(
+        self, x: Tensor, factor: Tensor, scaling: float, keys: Any = None, out: Any = None
+    ) -> Tensor:
+        inner = x.new_empty(x.shape[0], factor.shape[0]) if out is None else out
         self._add(x, factor, inner, flops=2 * x.numel() * factor.shape[0])
         return inner
 
@@ -191,7 +210,7 @@ def count_decode(by: str, weights: tuple[int, int] = (1024, 4096)) -> tuple[floa
     return work.launches, work.moved / (weights[0] * weights[1])
 
 
-def build_block(config: LlamaConfig, dropout: float) -> nn.Module:
+def build_block(config: LlamaConfig, dropout: float, siblings: bool) -> nn.Module:
     """A block on ``meta`` with NF4 linears and LoRA."""
     position = DropoutPosition(0)
     position.begin_micro_batch(0, torch.tensor([0]))
@@ -206,14 +225,16 @@ def build_block(config: LlamaConfig, dropout: float) -> nn.Module:
             adapted = LoraLinear(frozen, name, spec, SampleDropout(dropout, name, position))
             adapted.train()
             block.set_submodule(name, adapted)
+    if siblings:
+        link_siblings({n: m for n, m in block.named_modules() if isinstance(m, LoraLinear)})
     return block
 
 
-def count_block(config: LlamaConfig, decode: str, fused: bool, dropout: float) -> Counts:
+def count_block(config: LlamaConfig, case: Case) -> Counts:
     """Forward, recomputation and backward of one block."""
     counts = Counts()
     mode = CountedOperators(counts)
-    launches, moved = count_decode(decode)
+    launches, moved = count_decode(case.decode)
 
     def dequantize(codec: Any, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         weight = packed.new_empty(packed.shape[0], in_features, dtype=dtype)
@@ -225,14 +246,15 @@ def count_block(config: LlamaConfig, decode: str, fused: bool, dropout: float) -
 
     ALL_ATTENTION_FUNCTIONS.register("counted", attend)
     config._attn_implementation = "counted"
-    block = build_block(config, dropout)
+    block = build_block(config, case.dropout, case.siblings)
+    options = {"context_fn": make_sharing_contexts} if case.shares_decodes else {}
     hidden = torch.empty(1, TOKENS, config.hidden_size, dtype=DTYPE, device="meta")
     with torch.device("meta"):
         angles = LlamaRotaryEmbedding(config)(hidden, torch.arange(TOKENS)[None])
     kernels = FusedKernels(mode)
     with (
         mock.patch.object(Nf4Codec, "dequantize_rows", dequantize),
-        mock.patch.object(lora_layer, "can_fuse_low_rank", return_value=fused),
+        mock.patch.object(lora_layer, "can_fuse_low_rank", return_value=case.fused),
         mock.patch.object(low_rank_linear, "_import_kernels", return_value=kernels),
         assume_device(torch.device("cuda")),
     ):
@@ -242,7 +264,7 @@ def count_block(config: LlamaConfig, decode: str, fused: bool, dropout: float) -
             with mode if recorded else nullcontext():
                 y = checkpoint(
                     block, x, position_embeddings=angles, use_reentrant=False,
-                    preserve_rng_state=False,
+                    preserve_rng_state=False, **options,
                 )  # fmt: skip
                 y.backward(torch.empty_like(y))
 
@@ -269,9 +291,9 @@ def count_head(config: LlamaConfig) -> Counts:
     return counts
 
 
-def estimate(config: LlamaConfig, decode: str, fused: bool, dropout: float) -> dict[str, Any]:
+def estimate(config: LlamaConfig, case: Case) -> dict[str, Any]:
     """Sum a micro-batch: all blocks, and the head."""
-    block, head = count_block(config, decode, fused, dropout), count_head(config)
+    block, head = count_block(config, case), count_head(config)
     kinds: dict[str, Work] = {}
     for counts, times in ((block, config.num_hidden_layers), (head, 1)):
         for kind, work in counts.kinds.items():
@@ -294,7 +316,7 @@ def estimate(config: LlamaConfig, decode: str, fused: bool, dropout: float) -> d
 
 def main() -> None:
     config = LlamaConfig(**json.loads(SHAPE.read_text()))
-    found = {name: estimate(config, *case) for name, case in CASES.items()}
+    found = {name: estimate(config, case) for name, case in CASES.items()}
     kinds = list(dict.fromkeys(kind for case in found.values() for kind in case["kinds"]))
     rows: list[list[object]] = []
     for kind in kinds:

@@ -8,7 +8,8 @@ times; the least of a way's CPU seconds counts, as other work on the machine onl
 gradients of all ways are compared bit for bit.
 
 Bytes are those of tensors that live between forward and backward, beyond those that live before,
-by ``plan.storage_tracker``. Input offload is measured with copies within one memory; its bytes are
+by ``plan.storage_tracker``; the peak is the most that lives at any time of the micro-batch, beyond
+the same. Input offload is measured with copies within one memory; its bytes are
 those on the device. Nothing here is the time of a GPU.
 """
 
@@ -43,15 +44,26 @@ WAYS: dict[str, dict[str, Any]] = {
     "products": {"keep_results": "products"},
     "attention": {"keep_results": "attention"},
     "none": {"keep_results": "none"},
+    "none, share_decodes": {"share_decodes": True},
+    "attention, share_decodes": {"keep_results": "attention", "share_decodes": True},
     "none, offload_inputs": {"keep_results": "none", "offload_inputs": True},
 }
 ROUNDS = 5
+SHORT = 256
+CODECS: dict[str, dict[str, Any]] = {
+    "nf4": {"kind": "nf4"},
+    "int4": {"kind": "int", "bits": 4},
+    "int3": {"kind": "int", "bits": 3},
+}
+"""Of the second table, with ``SHORT`` tokens: a decode is a larger part of a short micro-batch."""
 
 
-def build(engine: dict[str, Any], scratch: Path) -> RandomModel:
+def build(
+    engine: dict[str, Any], scratch: Path, quant: dict[str, Any] | None = None
+) -> RandomModel:
     config = run_config(
         Path("random"),
-        base={"quant": {"kind": "nf4"}, "compute_dtype": "bfloat16"},
+        base={"quant": quant or {"kind": "nf4"}, "compute_dtype": "bfloat16"},
         adapter={"kind": "lora", "r": 16, "dropout": 0.05},
         engine={"kind": "single", **engine},
         train={"global_batch": 1},
@@ -65,9 +77,12 @@ def build(engine: dict[str, Any], scratch: Path) -> RandomModel:
     return built
 
 
-def run_micro_batch(built: RandomModel) -> tuple[float, list[torch.Tensor], float, int, int]:
-    """Return loss, gradients, CPU seconds, bytes between forward and backward, host bytes."""
-    batch = make_packed_batch(LENGTH, VOCABULARY, 0)
+def run_micro_batch(
+    built: RandomModel, length: int = LENGTH
+) -> tuple[float, list[torch.Tensor], float, dict[str, int]]:
+    """Return loss, gradients, CPU seconds, and bytes: ``bytes`` between forward and backward,
+    ``host_bytes`` then, ``peak_bytes``."""
+    batch = make_packed_batch(length, VOCABULARY, 0)
     built.adapter.begin_micro_batch(0, batch.sample_ids)
     for parameter in built.model.parameters():
         parameter.grad = None
@@ -81,9 +96,11 @@ def run_micro_batch(built: RandomModel) -> tuple[float, list[torch.Tensor], floa
     before_forward = tracker.total
     with tracker:
         kept = TokenObjective().compute_loss(built.model, batch, CPU, built.model)
-        size, host = tracker.total - before_forward, tracker.host_bytes
+        sizes = {"bytes": tracker.total - before_forward, "host_bytes": tracker.host_bytes}
+        kept.backward()
         del kept
-    return float(loss.detach()), gradients, seconds, size, host
+    sizes["peak_bytes"] = tracker.peaks[tracker.phase].total - before_forward
+    return float(loss.detach()), gradients, seconds, sizes
 
 
 def count_decodes(built: RandomModel) -> int:
@@ -98,8 +115,31 @@ def count_decodes(built: RandomModel) -> int:
         run_micro_batch(built)
     finally:
         Nf4Codec.dequantize_rows = decode  # type: ignore[method-assign]
-    forward = BLOCKS * 7  # of the pass that is tracked
-    return len(calls) - forward
+    return len(calls) // 2  # the tracked pass decodes as often
+
+
+def compare_codecs(scratch: Path) -> dict[str, dict[str, float]]:
+    """Least CPU seconds of a short micro-batch, decodes apart and shared, in turn."""
+    models = {}
+    for name, quant in CODECS.items():
+        for shares in (False, True):
+            (own := scratch / f"{name} {shares}").mkdir()
+            models[name, shares] = build({"share_decodes": shares}, own, quant)
+    seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in models}
+    for _ in range(2 * ROUNDS):
+        for name in CODECS:
+            results = []
+            for shares in (False, True):
+                loss, gradients, spent, _ = run_micro_batch(models[name, shares], SHORT)
+                seconds[name, shares].append(spent)
+                results.append((loss, gradients))
+            (loss, gradients), (other, others) = results
+            assert loss == other
+            assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    return {
+        name: {"apart": min(seconds[name, False]), "shared": min(seconds[name, True])}
+        for name in CODECS
+    }
 
 
 def main() -> None:
@@ -112,16 +152,17 @@ def main() -> None:
         for number, (way, engine) in enumerate(WAYS.items()):
             (own := Path(scratch) / str(number)).mkdir()
             models[way] = build(engine, own)
+        codecs = compare_codecs(Path(scratch))
     records: dict[str, dict[str, Any]] = {way: {"seconds": []} for way in WAYS}
     expected = None
     for _ in range(ROUNDS):
         for way, built in models.items():
-            loss, gradients, seconds, size, host = run_micro_batch(built)
+            loss, gradients, seconds, sizes = run_micro_batch(built)
             expected = expected or (loss, gradients)
             assert loss == expected[0]
             assert all(torch.equal(a, b) for a, b in zip(gradients, expected[1], strict=True))
             records[way]["seconds"].append(seconds)
-            records[way] |= {"bytes": size, "host_bytes": host}
+            records[way] |= sizes
     for way, built in models.items():
         records[way]["decodes"] = count_decodes(built)
     rows = [
@@ -129,13 +170,20 @@ def main() -> None:
             way,
             f"{min(found['seconds']):.2f}",
             f"{found['bytes'] / 2**20:.1f}",
+            f"{found['peak_bytes'] / 2**20:.1f}",
             f"{found['host_bytes'] / 2**20:.1f}",
             str(found["decodes"]),
         ]
         for way, found in records.items()
     ]
-    print_table(["way", "CPU s", "MiB kept", "MiB on the host", "decodes"], rows)
-    write_result("recomputation", {"sizes": SIZES, "tokens": LENGTH, "ways": records})
+    print_table(["way", "CPU s", "MiB kept", "peak MiB", "MiB on the host", "decodes"], rows)
+    rows = [
+        [name, f"{found['apart']:.3f}", f"{found['shared']:.3f}"] for name, found in codecs.items()
+    ]
+    print_table([f"codec, {SHORT} tokens", "CPU s", "decodes shared"], rows)
+    write_result(
+        "recomputation", {"codecs": codecs, "sizes": SIZES, "tokens": LENGTH, "ways": records}
+    )
 
 
 if __name__ == "__main__":

@@ -135,11 +135,16 @@ def test_estimate_counts_the_launches_of_its_table(monkeypatch: pytest.MonkeyPat
         hidden_size=96, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2
     )
     written = json.loads((GPU.parent / "results" / "h100_estimate.json").read_text())["result"]
-    for name in ("fused decode, composed", "fused", "fused, dropout"):
-        counted = script.count_block(config, *script.CASES[name])
+    cases = {}
+    for name in ("fused decode, composed", "fused, shared decodes", "fused, dropout"):
+        counted = cases[name] = script.count_block(config, script.CASES[name])
         table = written["cases"][name]["kinds"]
         for kind in ("decode", "LoRA", "attention"):
             assert 32 * counted[kind].launches == table[kind]["launches"]
     # seven linears: forward, recomputation but for the last one's product, backward
     assert counted["decode"].launches == 7 + 6 + 7
     assert counted["LoRA"].launches == (7 + 7) + (7 + 6) + 4 * 7
+    shared = cases["fused, shared decodes"]
+    assert shared["decode"].launches == 7 + 6 + 1
+    # projections of q, k and v, of o, of gate and up, of down; backward: three of each linear, dA
+    assert shared["LoRA"].launches == (4 + 7) + (4 + 6) + (2 * 7 + 4 + 4)

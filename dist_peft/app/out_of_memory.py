@@ -56,6 +56,8 @@ def _describe_memory_options(config: RunConfig) -> str:
         settings.append("engine.activation_checkpointing: true")
     elif engine.keep_results != "none":
         settings.append("engine.keep_results: none")
+    if engine.share_decodes:
+        settings.append("engine.share_decodes: false")
     if not engine.shard_base:
         settings.append("engine.shard_base: true")
     if engine.shard_group != "all":

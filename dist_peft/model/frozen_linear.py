@@ -146,9 +146,17 @@ class FrozenLinear(FrozenWeight):
                 torch.empty(out_features, dtype=bias_dtype, device=device), False
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., in] to [..., out] in the type of ``x``."""
-        y = frozen_matmul(x, self.packed, self.codec, self.in_features)
+    def forward(self, x: Tensor, multiply: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Map ``x`` [..., in] to [..., out] in the type of ``x``.
+
+        Args:
+            multiply: in the place of the product, one with a change. It runs in this call, between
+                the hooks with which an engine gathers and frees parameters.
+        """
+        if multiply is not None:
+            y = multiply(x)
+        else:
+            y = frozen_matmul(x, self.packed, self.codec, self.in_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

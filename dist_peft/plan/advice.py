@@ -1,5 +1,7 @@
 """What limits a planned run, and options that change it."""
 
+from collections.abc import Iterator
+
 from dist_peft.core.config.run import LokrConfig, LowRankConfig, RunConfig
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.run_plan import RunPlan
@@ -24,14 +26,7 @@ def list_changes(plan: RunPlan, config: RunConfig, cluster: Cluster) -> list[str
         options.append((tokens // 2, f"train.micro_batch={config.train.micro_batch // 2}"))
     if config.data.seq_len > 512:
         options.append((tokens // 2, f"data.seq_len={config.data.seq_len // 2}"))
-    if not config.engine.activation_checkpointing:
-        options.append((tokens // 2, "engine.activation_checkpointing=true"))
-    else:
-        if config.engine.keep_results != "none":
-            options.append((tokens // 2, "engine.keep_results=none"))
-        if not config.engine.offload_inputs:
-            inputs = sizes.get("block inputs", 0)
-            options.append((inputs, "engine.offload_inputs=true (into host memory)"))
+    options += _list_recomputation_changes(config, sizes, tokens)
     learning = sizes.get("adapter", 0) + sizes.get("optimizer state", 0)
     gradients = sizes.get("gradients", 0)
     adapter = config.adapter
@@ -56,3 +51,19 @@ def list_changes(plan: RunPlan, config: RunConfig, cluster: Cluster) -> list[str
         if saved:
             lines.append(f"  {saved / 2**30:6.2f} GiB  {text}")
     return lines
+
+
+def _list_recomputation_changes(
+    config: RunConfig, sizes: dict[str, int], tokens: int
+) -> Iterator[tuple[int, str]]:
+    """Yield options of recomputation and what they free; ``tokens``: bytes by tokens."""
+    engine = config.engine
+    if not engine.activation_checkpointing:
+        yield tokens // 2, "engine.activation_checkpointing=true"
+        return
+    if engine.keep_results != "none":
+        yield tokens // 2, "engine.keep_results=none"
+    if engine.share_decodes:
+        yield sizes.get("dequantized weight", 0), "engine.share_decodes=false"
+    if not engine.offload_inputs:
+        yield sizes.get("block inputs", 0), "engine.offload_inputs=true (into host memory)"

@@ -20,7 +20,8 @@ LINK_EFFICIENCY = 0.8
 """Share of a link's rate that collectives reach; an assumption."""
 
 _BYTES_PER_WEIGHT = 3.0
-"""A weight is dequantized in each forward pass, in recomputation and backward; bytes moved for
+"""A weight is dequantized in each forward pass, in recomputation (unless its products are kept or
+the decode is shared) and backward; bytes moved for
 each: packed, written and read again. An assumption."""
 
 _HOST_LINK = 25e9
@@ -84,7 +85,7 @@ def plan_duration(
     kept_weights: int = 0,
     kept_bytes: int = 0,
     offloaded: int = 0,
-    recomputes: bool = True,
+    decodes_again: bool = True,
 ) -> Duration | None:
     """Return the projection; None without ``cluster.gpu``.
 
@@ -93,7 +94,7 @@ def plan_duration(
         tokens: positions of a micro-batch of one rank.
         kept_weights, kept_bytes: of a rank's rows that are encoded again in each step.
         offloaded: bytes of blocks' inputs that a micro-batch sends to host memory.
-        recomputes: frozen products are computed again in backward.
+        decodes_again: recomputation and backward decode a frozen weight each.
     """
     gpu = cluster.gpu
     if gpu is None:
@@ -101,7 +102,7 @@ def plan_duration(
     flops = float(sum(trace.flops.values()) + (blocks - len(trace.blocks)) * trace.block_flops)
     count = traffic.micro_batches
     products = count * flops / (gpu.flops * EFFICIENCY)
-    decodes = trace.passes + 1 + recomputes
+    decodes = trace.passes + 1 + decodes_again
     dequantizing = count * decodes * _BYTES_PER_WEIGHT * weights / gpu.memory
     neighbours = traffic.card_bytes / (gpu.neighbours * LINK_EFFICIENCY)
     network = 0.0 if cluster.link is None else traffic.node_bytes / (cluster.link * LINK_EFFICIENCY)

@@ -160,8 +160,9 @@ def plan_run(
         kept_weights=host.kept_weights,
         kept_bytes=host.kept_rows,
         offloaded=offloaded,
-        recomputes=config.engine.activation_checkpointing
-        and config.engine.keep_results != "products",
+        decodes_again=config.engine.activation_checkpointing
+        and config.engine.keep_results != "products"
+        and not config.engine.share_decodes,
     )
     return RunPlan(
         planned.source,

@@ -1,5 +1,5 @@
 """Plans of changed runs: larger micro-batches, other shard groups, blocks kept gathered, gathers of
-routed experts, fewer cards, bits, offload, results kept from recomputation.
+routed experts, fewer cards, bits, offload, results kept from recomputation, shared decodes.
 
 Every proposal is planned in full (a few seconds each); only options that exist are tried, one at a
 time, micro-batches in steps of two as long as they fit.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_peft.core.config.run import QuantConfig, RunConfig
+from dist_peft.core.config.run import EngineConfig, QuantConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.plan.cluster import Cluster, FixedShares
@@ -73,18 +73,26 @@ def search_plans(
         yield from _propose_routed_experts(planned, cluster)
     if cluster.ranks > 1 and config.engine.kind != "zero" and config.engine.cpu_offload == "none":
         yield from _propose_engine(planned, cluster, "cpu_offload", "params")
-    if config.engine.activation_checkpointing:
-        for kept in ("attention", "products"):
-            if config.engine.keep_results != kept:
-                yield from _propose_engine(planned, cluster, "keep_results", kept)
-        if not config.engine.offload_inputs:
-            yield from _propose_engine(planned, cluster, "offload_inputs", True)
+    for key, value in _list_recomputation_changes(config.engine):
+        yield from _propose_engine(planned, cluster, key, value)
     if cluster.gpus_per_node > 1 and cluster.gpus_per_node % 2 == 0:
         fewer = replace(cluster, gpus_per_node=cluster.gpus_per_node // 2)
         yield from _propose(planned, fewer, f"--gpus-per-node {fewer.gpus_per_node}", {})
     if planned.skeleton.prequantized is None:
         for bits in (4, 3, 2):
             yield from _propose_bits(planned, cluster, bits, base_config)
+
+
+def _list_recomputation_changes(engine: EngineConfig) -> Iterator[tuple[str, str | bool]]:
+    if not engine.activation_checkpointing:
+        return
+    for kept in ("attention", "products"):
+        if engine.keep_results != kept and (kept != "products" or not engine.share_decodes):
+            yield "keep_results", kept
+    if not engine.share_decodes and engine.keep_results != "products":
+        yield "share_decodes", True
+    if not engine.offload_inputs:
+        yield "offload_inputs", True
 
 
 def _propose(

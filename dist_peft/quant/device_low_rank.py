@@ -10,11 +10,14 @@ With tokens ``t``, columns ``k`` and ranks ``r``, and ``keep`` the dropout of
 Four uses each of one linear's step, and no other launch: float32 factors are rounded to the type of
 ``x`` as they are loaded, ``s`` multiplies the float32 sum, gradients of factors are written in
 float32, and what dropout keeps is computed from its keys where ``x`` is loaded, so that neither
-the dropped ``x`` nor a mask is ever in memory.
+the dropped ``x`` nor a mask is ever in memory. ``u`` may be columns of a wider matrix, as of
+linears that share their input.
 
 Sums are float32 in a fixed order, without atomic additions: the same bits in every run. They are
 not those of torch's products, whose order is another one. A kept element is rounded as by torch.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -26,8 +29,7 @@ from dist_peft.quant.low_rank_linear import DropoutKeys
 
 __all__ = ["expand_rows", "project_rows", "sum_outer"]
 
-_TOKENS, _COLUMNS = 32, 64
-_NUM_WARPS = 4
+_TOKENS = 32
 
 
 @triton.jit
@@ -47,8 +49,8 @@ def _keep_elements(x, token, column, inside, a, c, b, d, threshold, probability)
 
 @triton.jit
 def _project_kernel(
-    x, row_stride, factor, rank_stride, column_stride, inner, tokens, columns, rank, scaling,
-    a, c, b, d, threshold, probability,
+    x, row_stride, factor, rank_stride, column_stride, inner, inner_stride,
+    tokens, columns, rank, scaling, a, c, b, d, threshold, probability,
     DROPS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -66,21 +68,21 @@ def _project_kernel(
         known = (column < columns)[:, None] & (r < rank)[None, :]
         weights = tl.load(place, mask=known, other=0.0).to(part.dtype)
         total = tl.dot(part, weights, total, input_precision="ieee")
-    target = inner + token.to(tl.int64)[:, None] * rank + r[None, :]
+    target = inner + token.to(tl.int64)[:, None] * inner_stride + r[None, :]
     known = (token < tokens)[:, None] & (r < rank)[None, :]
     tl.store(target, (total * scaling).to(inner.dtype.element_ty), mask=known)
 
 
 @triton.jit
 def _expand_kernel(
-    y, inner, factor, rank_stride, column_stride, tokens, columns, rank,
+    y, inner, inner_stride, factor, rank_stride, column_stride, tokens, columns, rank,
     a, c, b, d, threshold, probability,
     DROPS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, RANK)
-    place = inner + token.to(tl.int64)[:, None] * rank + r[None, :]
+    place = inner + token.to(tl.int64)[:, None] * inner_stride + r[None, :]
     known = (token < tokens)[:, None] & (r < rank)[None, :]
     part = tl.load(place, mask=known, other=0.0)
     place = factor + r[:, None] * rank_stride + column[None, :] * column_stride
@@ -99,8 +101,8 @@ def _expand_kernel(
 
 @triton.jit
 def _outer_kernel(
-    inner, x, row_stride, gradient, rank_stride, column_stride, tokens, columns, rank,
-    a, c, b, d, threshold, probability,
+    inner, inner_stride, x, row_stride, gradient, rank_stride, column_stride,
+    tokens, columns, rank, a, c, b, d, threshold, probability,
     DROPS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -114,7 +116,7 @@ def _outer_kernel(
         if DROPS:
             masks = (token < tokens, column < columns)
             part = _keep_elements(part, token, column, masks, a, c, b, d, threshold, probability)
-        place = inner + token.to(tl.int64)[None, :] * rank + r[:, None]
+        place = inner + token.to(tl.int64)[None, :] * inner_stride + r[:, None]
         known = (token < tokens)[None, :] & (r < rank)[:, None]
         total = tl.dot(tl.load(place, mask=known, other=0.0), part, total, input_precision="ieee")
     target = gradient + r[:, None] * rank_stride + column[None, :] * column_stride
@@ -123,7 +125,11 @@ def _outer_kernel(
 
 
 def project_rows(
-    x: Tensor, factor: Tensor, scaling: float, keys: DropoutKeys | None = None
+    x: Tensor,
+    factor: Tensor,
+    scaling: float,
+    keys: DropoutKeys | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``s M keep(x)``.
 
@@ -132,17 +138,18 @@ def project_rows(
         factor: ``M``, ``[rank, columns]`` at any strides, any float type.
         scaling: ``s``.
         keys: of dropout; None keeps everything.
+        out: the result's place, columns of a matrix; None: a new one.
 
     Returns:
         ``[tokens, rank]`` in the type of ``x``.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
     (tokens, columns), rank = x.shape, factor.shape[0]
-    inner = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
+    inner = torch.empty(tokens, rank, dtype=x.dtype, device=x.device) if out is None else out
     with enter_device(x):
         _project_kernel[(triton.cdiv(tokens, _TOKENS),)](
-            x, x.stride(0), factor, *factor.stride(), inner, tokens, columns, rank, scaling,
-            *_list_keys(keys, x), **_choose_blocks(rank, keys),
+            x, x.stride(0), factor, *factor.stride(), inner, inner.stride(0),
+            tokens, columns, rank, scaling, *_list_keys(keys, x), **_choose_blocks(rank, keys),
         )  # fmt: skip
     return inner
 
@@ -154,7 +161,7 @@ def expand_rows(
 
     Args:
         y: ``[tokens, columns]``, contiguous.
-        inner: ``u``, ``[tokens, rank]``, contiguous, in the type of ``y``.
+        inner: ``u``, ``[tokens, rank]`` in the type of ``y``, or such columns of a matrix.
         factor: ``M``, ``[columns, rank]`` at any strides, any float type.
         keys: of dropout; None keeps everything.
 
@@ -162,12 +169,13 @@ def expand_rows(
         ``y``.
     """
     (tokens, columns), rank = y.shape, factor.shape[1]
-    grid = (triton.cdiv(tokens, _TOKENS), triton.cdiv(columns, _COLUMNS))
+    blocks = _choose_blocks(rank, keys)
+    grid = (triton.cdiv(tokens, _TOKENS), triton.cdiv(columns, blocks["COLUMNS"]))
     column_stride, rank_stride = factor.stride()
     with enter_device(y):
         _expand_kernel[grid](
-            y, inner, factor, rank_stride, column_stride, tokens, columns, rank,
-            *_list_keys(keys, y), **_choose_blocks(rank, keys),
+            y, inner, inner.stride(0), factor, rank_stride, column_stride, tokens, columns, rank,
+            *_list_keys(keys, y), **blocks,
         )  # fmt: skip
     return y
 
@@ -176,17 +184,18 @@ def sum_outer(inner: Tensor, x: Tensor, gradient: Tensor, keys: DropoutKeys | No
     """``G = u^T keep(x)``.
 
     Args:
-        inner: ``u``, ``[tokens, rank]``, contiguous.
+        inner: ``u``, ``[tokens, rank]``, or such columns of a matrix.
         x: ``[tokens, columns]`` in the type of ``u``.
         gradient: ``G``, ``[rank, columns]`` at any strides, filled here.
         keys: of dropout; None keeps everything.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
     (tokens, columns), rank = x.shape, inner.shape[1]
+    blocks = _choose_blocks(rank, keys)
     with enter_device(x):
-        _outer_kernel[(triton.cdiv(columns, _COLUMNS),)](
-            inner, x, x.stride(0), gradient, *gradient.stride(), tokens, columns, rank,
-            *_list_keys(keys, x), **_choose_blocks(rank, keys),
+        _outer_kernel[(triton.cdiv(columns, blocks["COLUMNS"]),)](
+            inner, inner.stride(0), x, x.stride(0), gradient, *gradient.stride(),
+            tokens, columns, rank, *_list_keys(keys, x), **blocks,
         )  # fmt: skip
 
 
@@ -195,13 +204,14 @@ def _list_keys(keys: DropoutKeys | None, x: Tensor) -> tuple[object, ...]:
     return (x, x, x, x, 0, 1.0) if keys is None else tuple(keys)
 
 
-def _choose_blocks(rank: int, keys: DropoutKeys | None) -> dict[str, object]:
+def _choose_blocks(rank: int, keys: DropoutKeys | None) -> dict[str, Any]:
+    """Sizes of a program: at most 64 registers a thread, nothing spilled, on sm_80 to sm_100."""
     ranks = max(16, triton.next_power_of_2(rank))
     return {
         "DROPS": keys is not None,
         "TOKENS": _TOKENS,
-        "COLUMNS": _COLUMNS,
+        "COLUMNS": 64 if ranks <= 32 else 32,
         "RANK": ranks,
-        "num_warps": _NUM_WARPS * max(1, ranks // 64),
+        "num_warps": 8 if ranks <= 64 else 16,
         **EXACT_OPTIONS,
     }

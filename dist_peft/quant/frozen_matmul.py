@@ -19,6 +19,7 @@ once (``quant.cpu_products``). Kernels accumulate in float32 anyway.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,20 @@ from torch.nn import functional
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.cpu_products import has_fast_product
 from dist_peft.quant.kept_results import keep_result
+from dist_peft.quant.shared_decodes import (
+    BlockDecodes,
+    get_block_decodes,
+    hold_decode,
+    take_decode,
+)
 
 __all__ = [
     "check_packed_storage",
     "dequantize_weight",
     "frozen_matmul",
+    "hold_weight",
     "matmul_fp32_accumulate",
+    "take_weight",
 ]
 
 
@@ -65,9 +74,10 @@ class _FrozenMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
         # where x needs no gradient, torch drops ctx with the call
         ctx.packed, ctx.codec, ctx.in_features = packed, codec, in_features
+        ctx.decodes = get_block_decodes()
 
         def multiply() -> Tensor:
-            weight = dequantize_weight(packed, codec, in_features, x.dtype)
+            weight = hold_weight(packed, codec, in_features, x.dtype, ctx.needs_input_grad[0])
             return matmul_fp32_accumulate(functional.linear, x, weight)
 
         return keep_result("product", multiply)
@@ -76,7 +86,7 @@ class _FrozenMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
-        weight = dequantize_weight(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
+        weight = take_weight(ctx.decodes, ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
         return matmul_fp32_accumulate(torch.matmul, grad, weight), None, None, None
 
 
@@ -97,6 +107,30 @@ def dequantize_weight(packed: Tensor, codec: Codec, in_features: int, dtype: tor
     """
     check_packed_storage(packed)
     return codec.dequantize_rows(packed, in_features, dtype)
+
+
+def hold_weight(
+    packed: Tensor, codec: Codec, in_features: int, dtype: torch.dtype, is_needed: bool
+) -> Tensor:
+    """``dequantize_weight`` in forward; recomputation may hold it (``quant.shared_decodes``).
+
+    Args:
+        is_needed: backward takes the weight too.
+    """
+    decode = partial(dequantize_weight, packed, codec, in_features, dtype)
+    return hold_decode(packed, dtype, decode, is_needed)
+
+
+def take_weight(
+    decodes: BlockDecodes | None,
+    packed: Tensor,
+    codec: Codec,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``dequantize_weight`` in backward, or the weight that recomputation has held."""
+    decode = partial(dequantize_weight, packed, codec, in_features, dtype)
+    return take_decode(decodes, packed, dtype, decode)
 
 
 def check_packed_storage(packed: Tensor) -> None:

@@ -17,8 +17,9 @@ expert: nothing waits there, and the bits are those of one product each.
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from dist_peft.quant.assumed_device import get_assumed_device
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.frozen_matmul import check_packed_storage, matmul_fp32_accumulate
 from dist_peft.quant.kept_results import keep_result
+from dist_peft.quant.shared_decodes import get_block_decodes, hold_decode, take_decode
 
 __all__ = ["RowGroups", "frozen_grouped_matmul", "has_grouped_product"]
 
@@ -137,10 +139,13 @@ class _FrozenGroupedMatmul(torch.autograd.Function):
         ctx: Any, x: Tensor, packed: Tensor, codec: Codec, in_features: int, groups: RowGroups
     ) -> Tensor:
         ctx.packed, ctx.codec, ctx.in_features, ctx.groups = packed, codec, in_features, groups
+        ctx.decodes = get_block_decodes()
 
         def multiply() -> Tensor:
             y = x.new_empty(x.shape[0], packed.shape[0] // len(groups.counts))
-            return _multiply_groups(x, packed, codec, in_features, groups, y, transpose=True)
+            provide = partial(hold_decode, is_needed=ctx.needs_input_grad[0])
+            operands = (packed, codec, in_features, groups)
+            return _multiply_groups(x, *operands, y, provide, transpose=True)
 
         return keep_result("product", multiply)
 
@@ -150,7 +155,9 @@ class _FrozenGroupedMatmul(torch.autograd.Function):
         (grad,) = grads
         dx = grad.new_empty(grad.shape[0], ctx.in_features)
         operands = (ctx.packed, ctx.codec, ctx.in_features, ctx.groups)
-        return _multiply_groups(grad, *operands, dx, transpose=False), None, None, None, None
+        provide = partial(take_decode, ctx.decodes)
+        dx = _multiply_groups(grad, *operands, dx, provide, transpose=False)
+        return dx, None, None, None, None
 
 
 def _multiply_groups(
@@ -160,10 +167,14 @@ def _multiply_groups(
     in_features: int,
     groups: RowGroups,
     result: Tensor,
+    provide: Callable[[Tensor, Hashable, Callable[[], Tensor]], Tensor],
     *,
     transpose: bool,
 ) -> Tensor:
-    """Fill ``result`` with ``x W_e^T``, or with ``x W_e`` without ``transpose``; return it."""
+    """Fill ``result`` with ``x W_e^T``, or with ``x W_e`` without ``transpose``; return it.
+
+    ``provide`` decodes the weights of some experts or has them (``quant.shared_decodes``).
+    """
     check_packed_storage(packed)
     out = packed.shape[0] // len(groups.counts)
     kind = (get_assumed_device() or x.device).type
@@ -171,8 +182,13 @@ def _multiply_groups(
     in_one = _can_group(x, in_features, out)
     multiply = functional.linear if transpose else torch.matmul
     for chunk in groups.split_into_chunks(max(1, elements // max(1, out * in_features))):
-        rows = _take_rows(packed.detach(), out, [expert for expert, _ in chunk])
-        weights = codec.dequantize_rows(rows, in_features, x.dtype).view(len(chunk), out, -1)
+        experts = tuple(expert for expert, _ in chunk)
+
+        def decode(experts: tuple[int, ...] = experts) -> Tensor:
+            rows = _take_rows(packed.detach(), out, experts)
+            return codec.dequantize_rows(rows, in_features, x.dtype)
+
+        weights = provide(packed, (x.dtype, experts), decode).view(len(chunk), out, -1)
         if in_one:
             part = slice(chunk[0][1].start, chunk[-1][1].stop)
             ends = [own.stop - part.start for _, own in chunk]

@@ -12,6 +12,16 @@ casts of factors, masks, scalings and sums of its own. Here a direction is a few
 and with activation checkpointing, where forward runs twice, 14. Between forward and backward ``x``
 and ``u`` are kept, the latter ``r`` numbers a token; the dropped ``x`` and its mask are not.
 
+Linears that share their input, as queries, keys and values do, share its products: their ``A`` are
+one matrix, ``x`` is read once for all ``u`` and once for all ``dA``, and their ``dx`` is one sum.
+``n`` linears, a copy of the joined ``A`` in each direction included::
+
+    forward    cat A   u = s x A^T    n (decode, y = x W^T, y += u B^T)                       3n + 2
+    backward   n (dB, v, decode, dx += dy W)    dA    cat A    dx += v A                      4n + 3
+
+in place of ``4n`` and ``6n``, and ``n - 1`` sums of ``dx``. With dropout each drops other elements
+of ``x``, and they stay apart.
+
 There are two autograd nodes. The first one computes and saves ``u`` before the frozen product:
 recomputation under activation checkpointing stops at the last tensor that is saved, and so leaves
 out the product of a block's last linear. The second one has all gradients, and takes the saved
@@ -22,6 +32,8 @@ as objects, as in ``quant.trainable_products``.
 """
 
 import importlib
+from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -32,10 +44,17 @@ from torch.nn import functional
 
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.device_choice import is_device_path, is_trusted
-from dist_peft.quant.frozen_matmul import dequantize_weight
+from dist_peft.quant.frozen_matmul import hold_weight, take_weight
 from dist_peft.quant.kept_results import keep_result
+from dist_peft.quant.shared_decodes import get_block_decodes
 
-__all__ = ["DropoutKeys", "apply_frozen_low_rank", "can_fuse_low_rank"]
+__all__ = [
+    "LARGEST_RANK",
+    "DropoutKeys",
+    "FrozenLowRank",
+    "apply_frozen_low_rank",
+    "can_fuse_low_rank",
+]
 
 LARGEST_RANK = 128
 """Ranks that a program of ``quant.device_low_rank`` holds."""
@@ -103,34 +122,45 @@ def _import_kernels() -> ModuleType:
     return importlib.import_module("dist_peft.quant.device_low_rank")
 
 
-def apply_frozen_low_rank(
-    x: Tensor,
-    packed: Tensor,
-    codec: Codec,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    keys: DropoutKeys | None,
-) -> Tensor:
-    """``x W^T + s (keep(x) A^T) B^T``, differentiable in ``x``, ``A`` and ``B``.
+class FrozenLowRank(NamedTuple):
+    """A frozen weight and the factors of its change.
 
-    Args:
-        x: ``[..., in]``, float32, bfloat16 or float16; the arithmetic is of this type.
+    Attributes:
         packed: ``uint8 [out, row_bytes]``; kept for backward.
         codec: of ``packed``.
         A, B: ``[r, in]``, ``[out, r]``, float32.
+    """
+
+    packed: Tensor
+    codec: Codec
+    A: Tensor
+    B: Tensor
+
+
+def apply_frozen_low_rank(
+    x: Tensor, linears: Sequence[FrozenLowRank], scaling: float, keys: DropoutKeys | None = None
+) -> tuple[Tensor, ...]:
+    """``x W^T + s (keep(x) A^T) B^T`` of each linear, differentiable in ``x`` and the factors.
+
+    Args:
+        x: ``[..., in]``, float32, bfloat16 or float16; the arithmetic is of this type.
+        linears: of one rank; several have at most ``LARGEST_RANK`` in all, and no dropout.
         scaling: ``s``.
         keys: of dropout; None keeps everything.
 
     Returns:
-        ``[..., out]`` in the type of ``x``.
+        ``[..., out]`` of each, in the type of ``x``.
 
     Raises:
-        RuntimeError: the bytes of ``packed`` are not there (its engine has freed them).
+        RuntimeError: packed bytes are not there (their engine has freed them).
     """
-    inner = _SavedProjection.apply(x, A, B, scaling, keys)
-    y: Tensor = _FrozenLowRank.apply(x, inner, A, B, packed, codec, scaling, keys)
-    return y
+    assert keys is None or len(linears) == 1, "each linear drops other elements"
+    factors = (*(linear.A for linear in linears), *(linear.B for linear in linears))
+    inner = _SavedProjection.apply(x, scaling, keys, *factors)
+    outputs: tuple[Tensor, ...] = _FrozenLowRank.apply(
+        x, inner, tuple(linears), scaling, keys, *factors
+    )
+    return outputs
 
 
 class _SavedProjection(torch.autograd.Function):
@@ -138,18 +168,21 @@ class _SavedProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, keys: DropoutKeys | None
+        ctx: Any, x: Tensor, scaling: float, keys: DropoutKeys | None, *factors: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.num_factors = len(factors)
         rows, project = x.reshape(-1, x.shape[-1]), _import_kernels().project_rows
-        inner: Tensor = keep_result("inner", lambda: project(rows, A, scaling, keys))
+        A = factors[: len(factors) // 2]
+        inner: Tensor = keep_result("inner", lambda: project(rows, _join(A), scaling, keys))
         ctx.save_for_backward(x, inner)
         return inner
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
         assert grads == (None,), "the gradients are those of _FrozenLowRank"
-        return None, None, None, None, None
+        nothing: list[None] = [None] * (3 + ctx.num_factors)
+        return tuple(nothing)
 
 
 class _FrozenLowRank(torch.autograd.Function):
@@ -158,45 +191,74 @@ class _FrozenLowRank(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         inner: Tensor,
-        A: Tensor,
-        B: Tensor,
-        packed: Tensor,
-        codec: Codec,
+        linears: tuple[FrozenLowRank, ...],
         scaling: float,
         keys: DropoutKeys | None,
-    ) -> Tensor:
+        *factors: Tensor,
+    ) -> tuple[Tensor, ...]:
         # None where nothing needs a gradient: torch then drops ctx with the call
         ctx.saving_node = inner.grad_fn
-        ctx.A, ctx.B, ctx.packed, ctx.codec = A, B, packed, codec
-        ctx.scaling, ctx.keys = scaling, keys
+        ctx.linears, ctx.scaling, ctx.keys = linears, scaling, keys
+        ctx.decodes = get_block_decodes()
+        rows, needs_x = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad[0]
+        parts = inner.split(inner.shape[1] // len(linears), 1)
 
-        def multiply() -> Tensor:
-            weight = dequantize_weight(packed, codec, x.shape[-1], x.dtype)
-            y = functional.linear(x.reshape(-1, x.shape[-1]), weight)
-            _import_kernels().expand_rows(y, inner, B)
+        def multiply(linear: FrozenLowRank, part: Tensor) -> Tensor:
+            packed, codec = linear.packed, linear.codec
+            weight = hold_weight(packed, codec, x.shape[-1], x.dtype, needs_x)
+            y = functional.linear(rows, weight)
+            _import_kernels().expand_rows(y, part, linear.B)
             return y
 
-        y = keep_result("product", multiply)
-        return y.view(*x.shape[:-1], y.shape[1])
+        products = [
+            keep_result("product", partial(multiply, linear, part))
+            for linear, part in zip(linears, parts, strict=True)
+        ]
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in products)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kernels, A, B, keys = _import_kernels(), ctx.A, ctx.B, ctx.keys
-        need_x, _, need_A, need_B = ctx.needs_input_grad[:4]
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+        kernels, linears, keys = _import_kernels(), ctx.linears, ctx.keys
+        count, needs = len(linears), ctx.needs_input_grad
+        needs_A, needs_B = needs[5 : 5 + count], needs[5 + count :]
         x, inner = ctx.saving_node.saved_tensors
-        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        dx = dA = dB = None
-        if need_B:
-            dB = torch.empty_like(B)
-            kernels.sum_outer(inner, grad, dB.T)
-        if need_x or need_A:
-            rank_grad = kernels.project_rows(grad, B.T, ctx.scaling)
-            if need_A:
-                dA = torch.empty_like(A)
-                kernels.sum_outer(rank_grad, rows, dA, keys)
-            if need_x:
-                dx = grad @ dequantize_weight(ctx.packed, ctx.codec, x.shape[-1], x.dtype)
-                kernels.expand_rows(dx, rank_grad, A.T, keys)
+        rows = x.reshape(-1, x.shape[-1])
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in outer]
+        rank = inner.shape[1] // count
+        dx, dA = None, [None] * count
+        dB: list[Tensor | None] = [None] * count
+        for n, part in enumerate(inner.split(rank, 1)):
+            if needs_B[n]:
+                gradient = dB[n] = torch.empty_like(linears[n].B)
+                kernels.sum_outer(part, grads[n], gradient.T)
+        if needs[0] or any(needs_A):
+            rank_grad = torch.empty_like(inner)
+            for n, part in enumerate(rank_grad.split(rank, 1)):
+                kernels.project_rows(grads[n], linears[n].B.T, ctx.scaling, out=part)
+            if any(needs_A):
+                joined = linears[0].A.new_empty(count * rank, x.shape[-1])
+                kernels.sum_outer(rank_grad, rows, joined, keys)
+                dA = [
+                    own if needed else None
+                    for own, needed in zip(joined.split(rank), needs_A, strict=True)
+                ]
+            if needs[0]:
+                dx = _multiply_back(ctx, grads, x)
+                kernels.expand_rows(dx, rank_grad, _join([one.A for one in linears]).T, keys)
                 dx = dx.view(x.shape)
-        return dx, None, dA, dB, None, None, None, None
+        return dx, None, None, None, None, *dA, *dB
+
+
+def _multiply_back(ctx: Any, grads: list[Tensor], x: Tensor) -> Tensor:
+    """Return the sum of ``dy W`` of all linears ``[tokens, in]``."""
+    total: Tensor | None = None
+    for linear, grad in zip(ctx.linears, grads, strict=True):
+        weight = take_weight(ctx.decodes, linear.packed, linear.codec, x.shape[-1], x.dtype)
+        total = grad @ weight if total is None else total.addmm_(grad, weight)
+    assert total is not None
+    return total
+
+
+def _join(factors: Sequence[Tensor]) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(tuple(factors))

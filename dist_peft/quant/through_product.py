@@ -28,7 +28,8 @@ from torch.nn import functional
 
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.cpu_products import has_fast_product
-from dist_peft.quant.frozen_matmul import dequantize_weight, matmul_fp32_accumulate
+from dist_peft.quant.frozen_matmul import hold_weight, matmul_fp32_accumulate, take_weight
+from dist_peft.quant.shared_decodes import get_block_decodes
 
 __all__ = ["multiply_through"]
 
@@ -82,7 +83,8 @@ class _ThroughProduct(torch.autograd.Function):
         ctx.codec, ctx.scaling = codec, scaling
         ctx.work = dtype if has_fast_product(x.device, dtype) else torch.float32
         ctx.save_for_backward(x)
-        weight = dequantize_weight(packed, codec, x.shape[-1], x.dtype)
+        ctx.decodes = get_block_decodes()
+        weight = hold_weight(packed, codec, x.shape[-1], x.dtype, ctx.needs_input_grad[0])
         return matmul_fp32_accumulate(functional.linear, x, weight)
 
     @staticmethod
@@ -92,7 +94,7 @@ class _ThroughProduct(torch.autograd.Function):
         need_x, _, need_A, need_B = ctx.needs_input_grad[:4]
         dx = dA = dB = None
         if need_x:
-            weight = dequantize_weight(ctx.packed, ctx.codec, x.shape[-1], dy.dtype)
+            weight = take_weight(ctx.decodes, ctx.packed, ctx.codec, x.shape[-1], dy.dtype)
             dx = matmul_fp32_accumulate(torch.matmul, dy, weight)
         if need_A or need_B:
             grad, inputs = (t.to(ctx.work).flatten(0, -2) for t in (dy, x))

@@ -179,6 +179,12 @@ ROWS = [
         args=("engine.kernels=liger",),
         env={"TRITON_INTERPRET": ""},
     ),
+    _value(
+        "decodes shared with nothing",
+        "engine={share_decodes: true, keep_results: products}",
+        "engine",
+        "share_decodes contradicts keep_results: products",
+    ),
     _value("early stop without evaluation", "train.early_stop=1", "train.eval_every"),
     _value("seq_len 10**12", "data.seq_len=1000000000000", "data.seq_len"),
     _value("timeout 1e300", "engine.timeout_minutes=1.0e300", "less than or equal to"),

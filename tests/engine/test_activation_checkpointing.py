@@ -139,13 +139,22 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_odd_base(tmp_path_factory.mktemp("kept") / "base")
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "attention": {"keep_results": "attention"},
+    "products": {"keep_results": "products"},
+    "shared": {"share_decodes": True},
+    "attention, shared": {"keep_results": "attention", "share_decodes": True},
+}
+
+
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_kept_results_change_counts_and_no_bit(
     base: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {}
-    for kept in ("none", "attention", "products"):
-        tree = odd_tree(base, engine={"keep_results": kept})
+    for way, engine in WAYS.items():
+        tree = odd_tree(base, engine=engine)
         tree["adapter"]["use_dora"] = adapter == "dora"
         config = parse_config(tree)
         setup = build_model(ResolvedConfig(config, Path(config.base.path)))
@@ -154,14 +163,16 @@ def test_kept_results_change_counts_and_no_bit(
         for parameter in built.model.parameters():
             if parameter.requires_grad:
                 parameter.data = torch.randn(parameter.shape, generator=rows) * 0.1
-        found[kept] = train_micro_batch(built, monkeypatch)
+        found[way] = train_micro_batch(built, monkeypatch)
     loss, gradients, plain = found["none"]
-    for kept in ("attention", "products"):
-        other, others, counts = found[kept]
+    for way, (other, others, counts) in found.items():
         assert other == loss and len(others) == len(gradients) > 10
         assert all(torch.equal(a, b) for a, b in zip(others, gradients, strict=True))
         # 2 documents in each of 2 sequences and 4 blocks, twice without keeping
-        assert (plain.attentions, counts.attentions) == (2 * 16, 16)
+        assert counts.attentions == (2 * 16 if way in ("none", "shared") else 16)
+        if "shared" in way:
+            same = found["attention" if "attention" in way else "none"][2]
+            assert counts.kept == same.kept and counts.decodes < same.decodes
     if adapter == "lora":
         blocks, linears = 4, 7
         # forward, backward, and recomputation but for each block's last linear; the first block's
@@ -169,6 +180,9 @@ def test_kept_results_change_counts_and_no_bit(
         assert plain.decodes == blocks * (3 * linears - 1) - 3
         assert found["attention"][2].decodes == plain.decodes
         assert found["products"][2].decodes == blocks * 2 * linears - 3
+        # backward decodes the last linears alone, before which recomputation stops
+        assert found["shared"][2].decodes == blocks * 2 * linears
+        assert found["attention, shared"][2].decodes == blocks * 2 * linears
         tokens, wide = 2 * 48, 120 + 2 * 40 + 120 + 2 * 200  # q, k, v, o, gate, up
         attended = blocks * tokens * (120 * 2 + 6 * 4 + linears * 5 * 2)
         more = found["attention"][2].kept - plain.kept

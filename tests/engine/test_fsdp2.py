@@ -12,7 +12,9 @@ from tests.support.dist import run_ranks
 from tests.support.tiny_engines import (
     CPU,
     Model,
+    Outcome,
     assert_same,
+    assert_same_bits,
     batch,
     filled,
     padded_bytes,
@@ -48,6 +50,20 @@ def test_equals_single(ranks: int, changes: dict, micro: int, recompute: bool) -
     expected = train(World(), EngineConfig(), micro=12)
     for outcome in run_ranks(train, ranks, config, micro, recompute):
         assert_same(outcome, expected)
+
+
+def train_both_ways(world: World) -> list[Outcome]:
+    configs = (EngineConfig(), EngineConfig(share_decodes=True))
+    return [train(world, config, 3, recompute=True) for config in configs]
+
+
+@pytest.mark.dist
+def test_shared_decodes_have_the_same_bits() -> None:
+    """Of three NF4 decodes of a block one is saved, but for the first block, whose input needs no
+    gradient."""
+    for plain, shared in run_ranks(train_both_ways, 2):
+        assert_same_bits(shared, plain)
+        assert (plain.decodes, shared.decodes) == (3 * 2 * 8, 3 * 2 * 6)
 
 
 @pytest.mark.dist

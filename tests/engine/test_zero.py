@@ -22,6 +22,7 @@ from tests.support.tiny_engines import (
     Model,
     Outcome,
     assert_same,
+    assert_same_bits,
     batch,
     filled,
     padded_bytes,
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], int, bool]] = {
     "offload": (OFFLOAD, 2, False),
     "stage 3": ({"stage": 3}, 6, False),
     "stage 3, accumulating, recomputing": ({"stage": 3}, 2, True),
+    "stage 3, decodes shared": ({"stage": 3, "share_decodes": True}, 2, True),
     "stage 3, offload": (OFFLOAD3, 2, False),
 }
 RANKS = (2, 3)
@@ -77,6 +79,18 @@ def test_equals_single(
 ) -> None:
     for outcome in outcomes[ranks]:
         assert_same(outcome[case], expected)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_shared_decodes_have_the_same_bits(
+    outcomes: dict[int, list[dict[str, Outcome]]], ranks: int
+) -> None:
+    for outcome in outcomes[ranks]:
+        plain = outcome["stage 3, accumulating, recomputing"]
+        shared = outcome["stage 3, decodes shared"]
+        assert_same_bits(shared, plain)
+        micro_steps = 3 * 12 // ranks // 2
+        assert (plain.decodes, shared.decodes) == (micro_steps * 8, micro_steps * 6)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -48,7 +48,7 @@ def test_block_inputs_cross_the_hosts_link_twice() -> None:
 
 def test_kept_products_are_decoded_once_less() -> None:
     parts = (TRACE, 4, 10**9, 1000, Traffic(0, 0, 0, 0, 1), Cluster(1, 1, 1, GPUS["h100"]))
-    found = [plan_duration(*parts, recomputes=recomputes) for recomputes in (True, False)]
+    found = [plan_duration(*parts, decodes_again=again) for again in (True, False)]
     assert found[0] is not None and found[1] is not None
     assert found[1].dequantizing == pytest.approx(found[0].dequantizing * 2 / 3)
 

@@ -93,6 +93,29 @@ def test_kept_results_and_inputs_in_host_memory(
     assert peaks[1] > peaks[0] and peaks[0] - peaks[2] >= inputs // 2
 
 
+@pytest.mark.e2e
+def test_shared_decodes_are_counted(base: Path) -> None:
+    """A block's decoded weights at once, but for the last one; the real run keeps the plan."""
+    trees = {shared: odd_tree(base, engine={"share_decodes": shared}) for shared in (False, True)}
+    plans = {shared: plan_tree(tree, 1) for shared, tree in trees.items()}
+    assert_plan_holds(plans[True], [measure_steps(World(), {"a": trees[True]})["a"]], "shared")
+    peaks = {
+        shared: max(
+            phase.items.get("dequantized weight", 0)
+            for phase in plan.memory.phases
+            if phase.phase.startswith("backward")
+        )
+        for shared, plan in plans.items()
+    }
+    width, inner, key_value = ODD.hidden_size, ODD.intermediate_size, 2 * 20
+    weights = 2 * width * width + 2 * width * key_value + 3 * width * inner
+    assert 2 * (weights - width * inner) <= peaks[True] <= 2 * weights
+    assert peaks[False] < peaks[True]
+    plain, shared = plans[False].duration, plans[True].duration
+    assert plain is not None and shared is not None
+    assert shared.dequantizing == pytest.approx(plain.dequantizing * 2 / 3)
+
+
 @pytest.mark.dist
 def test_classifiers_on_two_ranks(base: Path, tmp_path: Path) -> None:
     bert = save_odd_bert(tmp_path / "bert")

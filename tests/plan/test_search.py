@@ -47,7 +47,12 @@ def test_results_to_keep_are_proposed(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(search, "_propose_bits", lambda *args: [])
     planned = build_planned_model(parse_config(tree))
     found = [p.change for p in search_plans(planned, Cluster(1, 1, 2**40))]
-    assert found[-2:] == ["engine.keep_results=products", "engine.offload_inputs=true"]
+    changes = ["keep_results=products", "share_decodes=true", "offload_inputs=true"]
+    assert found[-3:] == [f"engine.{change}" for change in changes]
+    tree = odd_tree(tmp_path / "base", engine={"share_decodes": True, "offload_inputs": True})
+    planned = build_planned_model(parse_config(tree))
+    found = [p.change for p in search_plans(planned, Cluster(1, 1, 2**40))]
+    assert found[-1] == "engine.keep_results=attention"
 
 
 def plan_without_a_trace(planned: PlannedModel, cluster: Cluster) -> RunPlan:

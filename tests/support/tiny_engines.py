@@ -1,6 +1,10 @@
 """A tiny model with what engines must handle, and three steps of training on any of them."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +95,7 @@ def filled(world: World, config: EngineConfig, recompute: bool = False) -> tuple
     engine = make_engine(config, TrainConfig(), world, CPU)
     model, values = Model(), whole_values()
     if recompute:
-        checkpoint_block_activations(list(model.blocks))
+        checkpoint_block_activations(list(model.blocks), share_decodes=config.share_decodes)
     engine.shard_model(model, list(model.blocks))
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -107,6 +111,21 @@ class Outcome:
     losses: list[float]
     parameters: dict[str, Tensor]
     gathered: list[int]
+    decodes: int  # of the blocks' NF4 weights
+
+
+class Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, method: Any) -> None:
+        self.method, self.calls = method, 0
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        return partial(self, owner)
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.method(*args)
 
 
 def train(world: World, config: EngineConfig, micro: int, recompute: bool = False) -> Outcome:
@@ -115,6 +134,9 @@ def train(world: World, config: EngineConfig, micro: int, recompute: bool = Fals
     parameters = dict(model.named_parameters())
     call = engine.setup_optimizer(model, Sgd(), lambda name: 1.0)
     losses, gathered = [], []
+    count = Counted(Nf4Codec.dequantize_rows)
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(Nf4Codec, "dequantize_rows", count))
     for step in range(3):
         mine = batch(step)[world.rank :: world.size].split(micro)
         total, before = 0.0, engine.bytes_gathered
@@ -125,12 +147,13 @@ def train(world: World, config: EngineConfig, micro: int, recompute: bool = Fals
         losses.append(world.sum_over_ranks(total)[0])
         assert engine.step(lr=0.05, max_norm=1.0) > 0
         gathered.append(engine.bytes_gathered - before)
+    stack.close()
     values = whole_values()
     after = {name: engine.gather_parameter(p) for name, p in parameters.items()}
     for name, parameter in after.items():
         learns = name.endswith((".change", ".thin"))
         assert torch.equal(parameter, values[name]) != learns, f"{name}: changed or not"
-    return Outcome(losses, after, gathered)
+    return Outcome(losses, after, gathered, count.calls)
 
 
 def batch(step: int) -> Tensor:
@@ -160,3 +183,10 @@ def assert_same(outcome: Outcome, expected: Outcome) -> None:
         torch.testing.assert_close(
             parameter, expected.parameters[name], rtol=1e-5, atol=1e-7, msg=name
         )
+
+
+def assert_same_bits(outcome: Outcome, expected: Outcome) -> None:
+    """Losses, parameters and bytes on the wire are equal."""
+    assert (outcome.losses, outcome.gathered) == (expected.losses, expected.gathered)
+    for name, parameter in outcome.parameters.items():
+        assert torch.equal(parameter, expected.parameters[name]), name

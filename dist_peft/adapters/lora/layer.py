@@ -27,7 +27,7 @@ The output has the type of the base's output.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,24 @@ from dist_peft.model.adapter_module import Reduce
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 from dist_peft.quant.frozen_matmul import frozen_matmul
-from dist_peft.quant.low_rank_linear import apply_frozen_low_rank, can_fuse_low_rank
+from dist_peft.quant.low_rank_linear import (
+    FrozenLowRank,
+    apply_frozen_low_rank,
+    can_fuse_low_rank,
+)
 from dist_peft.quant.masked_product import apply_masked_low_rank
 from dist_peft.quant.trainable_products import apply_linear
 
 __all__ = ["LoraEmbedding", "LoraLinear", "LoraSpec"]
 
 _NORM_ROWS = 1024
+
+
+class SharesInput(Protocol):
+    """Linears that read one input."""
+
+    def multiply(self, layer: "LoraLinear", x: Tensor) -> Tensor | None:
+        """Return the product of ``layer``, made with those of the others; None: make it alone."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,7 @@ class LoraLinear(LowRankModule):
             unchanged.
         removed_A, removed_B: frozen, LoftQ with several alternations only. The part subtracted
             from the weight before it was quantized (for PiSSA that is the start).
+        siblings: linears that read the same input (``adapters.lora.siblings``); None: unknown.
         num_zeros: zeros of the whole weight; counted with ``keep_zeros`` only.
     """
 
@@ -131,6 +143,7 @@ class LoraLinear(LowRankModule):
             self._add_meta_parameter(f"{prefix}_B", shape_b, device, train=False)
         self.start_names = tuple(f"{prefix}_{factor}" for prefix in frozen for factor in "AB")
         self._given: dict[str, Tensor] = {}
+        self.siblings: SharesInput | None = None
         self.num_zeros = 0
 
     # -- forward -------------------------------------------------------------------------------
@@ -145,8 +158,10 @@ class LoraLinear(LowRankModule):
             return self._compute_update(self.dropout(x))
         if not self.is_enabled:
             return self._forward_disabled(x)
-        if self._is_plain and can_fuse_low_rank(x, self.spec.r, self.spec.arithmetic):
-            return self._forward_fused(x)
+        if self.is_plain and can_fuse_low_rank(x, self.spec.r, self.spec.arithmetic):
+            # called by the base, whose hooks may gather its rows
+            fused: Tensor = self.base(x, multiply=self._multiply_fused)
+            return fused
         dropped = self.dropout(x)
         if self.spec.dora:
             return self._forward_dora(x, dropped)
@@ -159,25 +174,24 @@ class LoraLinear(LowRankModule):
         return (y + change).to(y.dtype)
 
     @property
-    def _is_plain(self) -> bool:
-        """Whether the change is ``s B A drop(x)`` alone, and nothing waits for the base's call, as
-        an engine does that gathers its rows then."""
-        spec, base = self.spec, self.base
-        has_hooks = bool(base._forward_pre_hooks or base._forward_hooks)
-        return not (spec.dora or spec.keep_zeros or spec.init == "lora_ga" or has_hooks)
+    def is_plain(self) -> bool:
+        """Whether the change is ``s B A drop(x)`` alone."""
+        spec = self.spec
+        return not (spec.dora or spec.keep_zeros or spec.init == "lora_ga")
 
-    def _forward_fused(self, x: Tensor) -> Tensor:
-        base = self.base
-        y = apply_frozen_low_rank(
-            x,
-            base.packed,
-            base.codec,
-            self.lora_A,
-            self.lora_B,
-            self.spec.scaling,
-            self.dropout.make_keys(x),
-        )
-        return y if base.bias is None else y + base.bias.to(y.dtype)
+    def _multiply_fused(self, x: Tensor) -> Tensor:
+        """Product and change, without the base's bias."""
+        keys = self.dropout.make_keys(x)
+        if self.siblings is not None and keys is None:
+            shared = self.siblings.multiply(self, x)
+            if shared is not None:
+                return shared
+        (y,) = apply_frozen_low_rank(x, [self.describe_product()], self.spec.scaling, keys)
+        return y
+
+    def describe_product(self) -> FrozenLowRank:
+        """Return the tensors of the fused product, as they are now."""
+        return FrozenLowRank(self.base.packed, self.base.codec, self.lora_A, self.lora_B)
 
     def _forward_disabled(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)

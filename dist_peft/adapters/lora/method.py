@@ -20,6 +20,7 @@ from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.lora.format import build_public_lora, drop_unused_ranks
 from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
+from dist_peft.adapters.lora.siblings import link_siblings
 from dist_peft.adapters.lora.through_quantizer import (
     ThroughLinear,
     require_codec,
@@ -58,6 +59,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         modules = list(model.named_modules())
         self._all_stacks = [name for name, m in modules if isinstance(m, ExpertStack)]
         super().attach_to_model(model)
+        link_siblings(self.layers)
 
     def _list_target_names(self, model: nn.Module) -> list[str]:
         names = super()._list_target_names(model)

@@ -66,6 +66,12 @@ class EngineConfig(ConfigSection):
         "products; products: of frozen linears too, whose weights are then decoded once less. The "
         "same bits.",
     )
+    share_decodes: bool = Field(
+        False,
+        description="With activation_checkpointing: a frozen weight that recomputation has decoded "
+        "is kept for the block's backward, so that two decodes of three are left. Holds the "
+        "decoded frozen weights of one block, experts included. The same bits.",
+    )
     offload_inputs: bool = Field(
         False,
         description="With activation_checkpointing: blocks' inputs rest in pinned host memory from "
@@ -94,6 +100,20 @@ class EngineConfig(ConfigSection):
         "the one that stands still, and exits. Loading, evaluation, GPTQ and checkpoints have "
         "multiples of it for each of their pieces of work. 0: no limit.",
     )
+
+    @model_validator(mode="after")
+    def _check_share_decodes(self) -> Self:
+        if self.share_decodes and not self.activation_checkpointing:
+            raise ValueError(
+                "share_decodes is for activation_checkpointing: true; without it nothing is "
+                "recomputed, and a weight is decoded once in backward"
+            )
+        if self.share_decodes and self.keep_results == "products":
+            raise ValueError(
+                "share_decodes contradicts keep_results: products, with which recomputation "
+                "decodes nothing; set share_decodes: false or keep_results: attention"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_routed(self) -> Self:

@@ -114,15 +114,27 @@ def test_fused_linear_of_a_gpu(bias: bool, p: float, monkeypatch: pytest.MonkeyP
     assert not torch.equal(layer(x), y) or p == 0
 
 
-def test_a_base_with_hooks_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine gathers a head's rows there."""
+def test_hooks_of_the_base_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine gathers a head's rows there, and frees them after the product."""
     prepare_kernels()
     monkeypatch.setenv("DIST_PEFT_KERNELS", "triton")
     layer, calls = build(RAW, arithmetic=torch.bfloat16), []
-    layer(inputs().bfloat16())
-    layer.base.register_forward_pre_hook(lambda module, args: calls.append(1))
-    layer(inputs().bfloat16())
-    assert calls == [1]
+    y = layer(inputs().bfloat16())
+    packed = layer.base.packed.data
+    layer.base.packed.data = torch.zeros_like(packed)
+
+    def gather(module: nn.Module, args: Any) -> None:
+        calls.append("before")
+        layer.base.packed.data = packed
+
+    def release(module: nn.Module, args: Any, output: Tensor) -> None:
+        calls.append("after")
+        layer.base.packed.data = torch.zeros_like(packed)
+
+    layer.base.register_forward_pre_hook(gather)
+    layer.base.register_forward_hook(release)
+    assert torch.equal(layer(inputs().bfloat16()), y)
+    assert calls == ["before", "after"]
 
 
 def test_dropout_is_off_in_evaluation() -> None:

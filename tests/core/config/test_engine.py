@@ -1,5 +1,7 @@
 """The section ``engine``."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -18,3 +20,13 @@ def test_defaults_keep_inputs_alone_on_the_device() -> None:
     found = EngineConfig()
     assert found.activation_checkpointing and not found.offload_inputs
     assert found.keep_results == "none"
+
+
+@pytest.mark.parametrize(
+    "other", [{"activation_checkpointing": False}, {"keep_results": "products"}]
+)
+def test_decodes_are_shared_where_recomputation_decodes(other: dict[str, Any]) -> None:
+    kept = EngineConfig.model_validate({"share_decodes": True, "keep_results": "attention"})
+    assert kept.share_decodes
+    with pytest.raises(ValidationError, match=f"share_decodes .*{next(iter(other))}"):
+        EngineConfig.model_validate({"share_decodes": True, **other})
