@@ -16,6 +16,7 @@ from dist_peft.quant.shared_decodes import (
     make_sharing_contexts,
     take_decode,
 )
+from dist_peft.quant.through_product import multiply_through
 
 CODEC = Nf4Codec(16)
 
@@ -65,11 +66,10 @@ def test_one_block_holds_weights() -> None:
     assert get_block_decodes() is None
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_recomputation_and_backward_decode_once(
-    grouped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["linear", "experts", "through the quantizer"])
+def test_recomputation_and_backward_decode_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain of one weight, twice; of three experts one has no rows."""
+    grouped = kind == "experts"
     packed = CODEC.quantize_to_packed(torch.randn(48 if grouped else 16, 16) / 4)
     x = torch.randn(5, 16)
     decode, calls = Nf4Codec.dequantize_rows, []
@@ -85,8 +85,13 @@ def test_recomputation_and_backward_decode_once(
             y = frozen_grouped_matmul(x, packed, CODEC, 16, RowGroups.from_counts((2, 0, 3)))
             groups = RowGroups.from_counts((1, 0, 4))
             return frozen_grouped_matmul(torch.tanh(y), packed, CODEC, 16, groups).sin()
-        y = frozen_matmul(x, packed, CODEC, 16)
-        return frozen_matmul(torch.tanh(y), packed, CODEC, 16).sin()
+        if kind == "linear":
+            y = frozen_matmul(x, packed, CODEC, 16)
+            return frozen_matmul(torch.tanh(y), packed, CODEC, 16).sin()
+        A, B = torch.ones(2, 16), torch.ones(16, 2)
+        options: Any = {"codec": CODEC, "scaling": 1.0, "dtype": torch.float32}
+        y = multiply_through(x, packed, A, B, **options)
+        return multiply_through(torch.tanh(y), packed, A, B, **options).sin()
 
     results = []
     for options in ({}, {"context_fn": make_sharing_contexts}):
