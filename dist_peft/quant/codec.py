@@ -18,7 +18,13 @@ from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.affine import AffineCodec
-from dist_peft.quant.codec_defaults import AffineRows, CodecDefaults, Nf4Rows
+from dist_peft.quant.codec_defaults import (
+    AffineRows,
+    CodecDefaults,
+    Fp8Rows,
+    Mxfp4Rows,
+    Nf4Rows,
+)
 from dist_peft.quant.fp4 import Fp4Codec
 from dist_peft.quant.fp8 import Fp8Codec
 from dist_peft.quant.llm_int8 import LlmInt8Codec
@@ -62,6 +68,14 @@ class Codec(Protocol):
     @property
     def nf4_rows(self) -> Nf4Rows | None:
         """How packed rows are split into NF4 codes and scales; None for other rows."""
+
+    @property
+    def fp8_rows(self) -> Fp8Rows | None:
+        """How packed rows are split into FP8 codes and scales; None for other rows."""
+
+    @property
+    def mxfp4_rows(self) -> Mxfp4Rows | None:
+        """How packed rows are split into MXFP4's codes and exponents; None for other rows."""
 
     def describe_storage(self) -> str:
         """Return type, bits and groups in a few words, for reports."""

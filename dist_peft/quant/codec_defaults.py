@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["AffineParts", "AffineRows", "CodecDefaults", "Nf4Rows"]
+__all__ = ["AffineParts", "AffineRows", "CodecDefaults", "Fp8Rows", "Mxfp4Rows", "Nf4Rows"]
 
 
 class AffineParts(NamedTuple):
@@ -64,6 +64,29 @@ class Nf4Rows(Protocol):
         and scales ``float32 [rows, groups]`` of ``uint8 [rows, row_bytes]``."""
 
 
+class Fp8Rows(Protocol):
+    """Rows of FP8 codes (E4M3) in groups with a scale."""
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+
+    def count_groups(self, in_features: int) -> int:
+        """Return the number of scales of a row."""
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        """Return codes ``float8_e4m3fn [rows, in]`` and scales ``float32 [rows, groups]`` of
+        ``uint8 [rows, row_bytes]``."""
+
+
+class Mxfp4Rows(Protocol):
+    """Rows of MXFP4: codes (E2M1) in groups of 32 with an exponent (E8M0)."""
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        """Return two codes a byte, the even column low, ``uint8 [rows, groups * 16]``, and
+        exponents ``uint8 [rows, groups]`` of ``uint8 [rows, row_bytes]``."""
+
+
 class CodecDefaults:
     """Facts of a quantizing codec whose rows no other library has."""
 
@@ -80,4 +103,14 @@ class CodecDefaults:
     @property
     def nf4_rows(self) -> Nf4Rows | None:
         """None: no NF4 codes."""
+        return None
+
+    @property
+    def fp8_rows(self) -> Fp8Rows | None:
+        """None: no FP8 codes."""
+        return None
+
+    @property
+    def mxfp4_rows(self) -> Mxfp4Rows | None:
+        """None: no MXFP4 codes."""
         return None

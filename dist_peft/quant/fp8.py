@@ -134,6 +134,17 @@ class Fp8Codec(CodecDefaults):
             weight[span.slice] = numbers
         return weight
 
+    @property
+    def fp8_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        """Codes ``float8_e4m3fn [rows, in]`` (a view) and scales ``float32 [rows, groups]``."""
+        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
+        scale = self.read_statistics(packed, in_features)
+        return packed[:, :in_features].view(torch.float8_e4m3fn), scale
+
     def join_packed_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Codes and scales of another library -> packed rows.
 

@@ -24,7 +24,7 @@ written, and ``read_statistics`` shows them as NaN.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -62,6 +62,17 @@ class Mxfp4Codec(E2m1Codec):
         exponents = read_packed_field(packed, groups * MXFP4_GROUP // 2, groups, torch.uint8)
         scales = _build_powers(packed.device)[exponents.int()]
         return scales.masked_fill_(exponents > _LARGEST + _BIAS, torch.nan)
+
+    @property
+    def mxfp4_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        """Codes ``uint8 [rows, groups * 16]`` and exponents ``uint8 [rows, groups]``, views."""
+        groups = self.count_groups(in_features)
+        end = groups * MXFP4_GROUP // 2
+        return packed[:, :end], packed[:, end : end + groups]
 
     def num_row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""

@@ -306,12 +306,23 @@ def test_a_codec_knows_its_facts(codec: Codec) -> None:
     assert len(statistics) == 3 and bool(statistics.isfinite().all())
     assert (codec.affine_rows is None) == (not codec.name.startswith("int"))
     assert (codec.nf4_rows is None) == (codec.name != "nf4")
+    assert (codec.fp8_rows is None) == (codec.name != "fp8")
+    assert (codec.mxfp4_rows is None) == (codec.name != "mxfp4")
     if codec.affine_rows is not None:
         parts = codec.affine_rows.split_packed_rows(packed, 65)
         assert torch.equal(statistics, torch.cat((parts.scale, parts.zero), 1))
         integers = bool((parts.zero == parts.zero.round()).all())
         assert codec.affine_rows.has_integer_zeros == integers
         assert codec.affine_rows.bits in (2, 3, 4, 8)
+    if codec.fp8_rows is not None:
+        numbers, scales = codec.fp8_rows.split_packed_rows(packed, 65)
+        assert torch.equal(statistics, scales) and numbers.shape == (3, 65)
+        assert numbers.dtype == torch.float8_e4m3fn
+        assert scales.shape[1] == codec.fp8_rows.count_groups(65)
+    if codec.mxfp4_rows is not None:
+        payload, exponents = codec.mxfp4_rows.split_packed_rows(packed, 65)
+        assert torch.equal(statistics, torch.exp2(exponents.float() - 127))
+        assert payload.shape == (3, 16 * exponents.shape[1])
     if codec.nf4_rows is not None:
         payload, scales = codec.nf4_rows.split_packed_rows(packed, 65)
         assert torch.equal(statistics, scales)

@@ -41,7 +41,6 @@ from dist_peft.export.verify import Comparison, compare_logits
 from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
 from dist_peft.model.hub import read_json_object
 from dist_peft.quant.codec import make_codec
-from dist_peft.quant.fp8 import Fp8Codec
 from dist_peft.quant.packed_rows import divide_exactly
 from dist_peft.store.writer import TensorSpec
 
@@ -118,15 +117,14 @@ class Fp8Packer:
     ) -> tuple[Tensor, Tensor] | None:
         """Return codes and scales of training; None: they have other tiles."""
         codec, columns = weight.codec, weight.num_columns
-        if not isinstance(codec, Fp8Codec):
+        rows = None if codec is None else codec.fp8_rows
+        if rows is None or rows.count_groups(columns) != columns // (self.columns or columns):
             return None
-        if codec.count_groups(columns) != columns // (self.columns or columns):
-            return None
-        packed = walk.read_packed_rows(weight, span)
-        scale = codec.read_statistics(packed, columns).unflatten(0, (-1, self.rows))
+        codes, scale = rows.split_packed_rows(walk.read_packed_rows(weight, span), columns)
+        scale = scale.unflatten(0, (-1, self.rows))
         if not torch.equal(scale, scale[:, :1].expand_as(scale)):
             return None
-        return packed[:, :columns].view(torch.float8_e4m3fn), scale[:, 0]
+        return codes, scale[:, 0]
 
     def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         dense = list_unpacked_linears(walk, unpacked)
@@ -166,7 +164,7 @@ class Fp8Export(PackedExport):
         return ["--group-size has no effect with --scales row"] if idle else []
 
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
-        if run.limits.trained_codes and not isinstance(run.codec, Fp8Codec):
+        if run.limits.trained_codes and run.codec.fp8_rows is None:
             return "the codes that are trained are not of base.quant.kind fp8"
         return None
 
@@ -208,14 +206,14 @@ def _make_trained_packer(job: ExportSpec) -> Fp8Packer:
     Raises:
         UserError: they are no FP8.
     """
-    codec = make_codec(job.base.quant, job.compute_dtype)
-    if not isinstance(codec, Fp8Codec):
+    rows = make_codec(job.base.quant, job.compute_dtype).fp8_rows
+    if rows is None:
         raise UserError(
             "fp8 keeps codes of base.quant.kind fp8, and this run trained others through the "
             "quantizer: choose the format of the base's kind, or hf-bf16"
         )
-    whole = codec.group_size >= 2**16
-    return Fp8Packer(1, 0 if whole else codec.group_size)
+    whole = rows.group_size >= 2**16
+    return Fp8Packer(1, 0 if whole else rows.group_size)
 
 
 def _describe_tile(packer: Fp8Packer) -> str:

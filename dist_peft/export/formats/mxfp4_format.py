@@ -44,18 +44,13 @@ _CODEC = Mxfp4Codec()
 def _read_mxfp4_rows(walk: MergedWeights, weight: BaseWeight, span: Span) -> Tensor:
     """Return rows of the weight's linear in MXFP4, ``uint8 [n, row_bytes]``: those of training
     where they are kept, else merged rows, encoded."""
-    if walk.keeps_codes(weight) and isinstance(weight.codec, Mxfp4Codec):
+    codec = weight.codec
+    if walk.keeps_codes(weight) and codec is not None and codec.mxfp4_rows is not None:
         return walk.read_packed_rows(weight, span)
     rows = walk.read_merged_rows(weight, span)
     if weight.is_transposed:
         rows = rows.transpose(1, 2)
     return _CODEC.quantize_to_packed(rows.reshape(-1, weight.num_columns).float())
-
-
-def _split_rows(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Return codes ``uint8 [n, in / 2]`` and exponents ``uint8 [n, in / 32]`` of packed rows."""
-    end = columns // 2
-    return packed[:, :end], packed[:, end : end + columns // MXFP4_GROUP]
 
 
 class CompressedMxfp4Packer:
@@ -76,7 +71,9 @@ class CompressedMxfp4Packer:
     def pack_rows(
         self, walk: MergedWeights, weight: BaseWeight, span: Span
     ) -> Iterable[TensorPiece]:
-        codes, exponents = _split_rows(_read_mxfp4_rows(walk, weight, span), weight.num_columns)
+        codes, exponents = _CODEC.split_packed_rows(
+            _read_mxfp4_rows(walk, weight, span), weight.num_columns
+        )
         yield TensorPiece(f"{weight.name_stem}.weight_packed", codes, span.start)
         yield TensorPiece(f"{weight.name_stem}.weight_scale", exponents, span.start)
 
@@ -119,7 +116,9 @@ class Mxfp4StackPacker:
     def pack_rows(
         self, walk: MergedWeights, weight: BaseWeight, span: Span
     ) -> Iterable[TensorPiece]:
-        codes, exponents = _split_rows(_read_mxfp4_rows(walk, weight, span), weight.num_columns)
+        codes, exponents = _CODEC.split_packed_rows(
+            _read_mxfp4_rows(walk, weight, span), weight.num_columns
+        )
         experts, groups = len(span), weight.num_columns // MXFP4_GROUP
         blocks = codes.reshape(experts, -1, groups, MXFP4_GROUP // 2)
         yield TensorPiece(f"{weight.written}_blocks", blocks, span.start)
@@ -149,14 +148,15 @@ class Mxfp4Export(PackedExport):
         return "merged"
 
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
-        if run.limits.trained_codes and not isinstance(run.codec, Mxfp4Codec):
+        if run.limits.trained_codes and run.codec.mxfp4_rows is None:
             return "the codes that are trained are not of base.quant.kind mxfp4"
         stacks = [m for m in run.skeleton.model.modules() if isinstance(m, ExpertStack)]
         return _find_stack_obstacle(stacks)
 
     def write_export(self, job: ExportSpec) -> ExportResult:
         trained = job.trained_codes
-        if trained and not isinstance(make_codec(job.base.quant, job.compute_dtype), Mxfp4Codec):
+        codec = make_codec(job.base.quant, job.compute_dtype)
+        if trained and codec.mxfp4_rows is None:
             raise UserError(
                 "mxfp4 keeps codes of base.quant.kind mxfp4, and this run trained others through "
                 "the quantizer: choose the format of the base's kind, or hf-bf16"
