@@ -251,7 +251,7 @@ class AffineCodec(CodecDefaults):
             scales=layout.payload,
             runs=0,
             row_bytes=layout.row_bytes,
-            is_nf4=False,
+            kind="affine",
         )
 
 

@@ -5,15 +5,31 @@ group sizes are multiples of 8, an octet has one scale::
 
     row of packed bytes   | octet 0 | octet 1 | ...   | scales, zeros |
     program (row, part)   BLOCK octets of the row -> BLOCK x 8 weights
-    thread                one word of ``bits`` bytes a time, eight shifts, one table look-up or one
-                          subtraction, one product, one store of eight neighbours
+    thread                one word of ``bits`` bytes a time, eight shifts, one number for each code,
+                          one product with the scale, one store of eight neighbours
+
+The number of a code and the scale of its group::
+
+    nf4      LEVELS[code]          float32, or the square of ``code * step + offset``
+    affine   code - zero           float16
+    mxfp4    E2M1                  2^(byte - 127)
+    nvfp4    E2M1                  E4M3 / float32 of the row, correctly rounded
+    fp8      E4M3                  float32
+
+The bits of a small float (E2M1, E4M3), moved to the places of float32's, are the number times a
+power of two, subnormal or not, as biases alone differ::
+
+    E4M3   s eeee mmm    float32  s 0000eeee mmm00000000000000000000  =  number * 2^(7 - 127)
+
+so that a shift and an exact product decode it. E4M3 has no infinity; its largest code is NaN.
 
 A weight is read and written once: 0.52 bytes in and 2 out for NF4 with double quantization into
 bfloat16, where the chunks of ``quant.kernels`` move 24 in 72 launches. Rows may lie anywhere: any
 row stride, any alignment.
 
 The bits are those of ``quant.kernels``: products and sums in float32, each rounded once. ``a * b +
-c`` is not contracted to a fused multiply-add (``enable_fp_fusion``), and there is no division.
+c`` is not contracted to a fused multiply-add (``enable_fp_fusion``), and quotients are correctly
+rounded (``tl.div_rn``; Triton's ``/`` is not).
 Every load and store has a mask, as a kernel under Triton's interpreter that leaves its row ends the
 process.
 
@@ -89,7 +105,36 @@ def _load_nf4_scale(row, group, inside, scales, runs, DOUBLE: tl.constexpr, ALIG
 
 
 @triton.jit
-def _load_codes(row, octet, inside, BITS: tl.constexpr, NF4: tl.constexpr, ALIGNED: tl.constexpr):
+def _widen_small_floats(codes, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+    """Codes ``uint32`` of a sign and these numbers of bits, to float32 (see the module)."""
+    magnitude = codes & (2 ** (EXPONENT + MANTISSA) - 1)
+    bits = magnitude << (23 - MANTISSA)
+    if EXPONENT == 4:
+        bits |= tl.where(magnitude == 0x7F, 0x7F800000, 0).to(tl.uint32)
+    bits |= (codes >> (EXPONENT + MANTISSA)) << 31
+    return bits.to(tl.float32, bitcast=True) * 2.0 ** (128 - 2 ** (EXPONENT - 1))
+
+
+@triton.jit
+def _load_power(row, offset, inside):
+    """``2^(byte - 127)`` of a byte (E8M0), a subnormal for byte 0; NaN above byte 252."""
+    byte = tl.load(row + offset, mask=inside, other=0).to(tl.uint32)
+    bits = tl.where(byte == 0, 1 << 22, (byte << 23).to(tl.int32))
+    bits = tl.where(byte > 252, 0x7FC00000, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_nvfp4_scale(row, scales, group, groups, inside, ALIGNED: tl.constexpr):
+    """Scale of each octet's group by the factor of the row, which is behind the padded scales."""
+    stored = tl.load(row + scales + group, mask=inside, other=0).to(tl.uint32)
+    place = (scales + groups + 3) // 4 * 4
+    factor = _load_float(row, tl.zeros_like(group) + place, inside, ALIGNED)
+    return tl.div_rn(_widen_small_floats(stored, 4, 3), factor)
+
+
+@triton.jit
+def _load_codes(row, octet, inside, BITS: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr):
     """The eight codes of each octet, ``uint32 [BLOCK, 8]``."""
     lane = tl.arange(0, 8)
     if BITS == 8:
@@ -98,7 +143,7 @@ def _load_codes(row, octet, inside, BITS: tl.constexpr, NF4: tl.constexpr, ALIGN
     else:
         word = _load_number(row, octet * BITS, inside, BITS, ALIGNED)
         # the even code of an NF4 byte is in its high nibble
-        position = lane ^ 1 if NF4 else lane
+        position = lane ^ 1 if KIND == "nf4" else lane
         codes = (word[:, None] >> (position * BITS)[None, :].to(tl.uint32)) & (2**BITS - 1)
     return codes
 
@@ -106,20 +151,29 @@ def _load_codes(row, octet, inside, BITS: tl.constexpr, NF4: tl.constexpr, ALIGN
 @triton.jit
 def _decode_kernel(
     packed, row_stride, weight, in_features, octets, scales, groups, runs, levels,
-    BITS: tl.constexpr, GROUP: tl.constexpr, NF4: tl.constexpr, DOUBLE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DOUBLE: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     row = packed + index * row_stride
     octet = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = octet < octets
-    codes = _load_codes(row, octet, inside, BITS, NF4, ALIGNED)
+    codes = _load_codes(row, octet, inside, BITS, KIND, ALIGNED)
     group = octet // (GROUP // 8)
-    if NF4:
+    if KIND == "nf4":
         scale = _load_nf4_scale(row, group, inside, scales, runs, DOUBLE, ALIGNED)
         table = tl.load(levels + tl.arange(0, 16))
         flat = tl.gather(table, tl.reshape(codes.to(tl.int32), (BLOCK * 8,)), 0)
         numbers = tl.reshape(flat, (BLOCK, 8)) * scale[:, None]
+    elif KIND == "mxfp4":
+        scale = _load_power(row, scales + group, inside)
+        numbers = _widen_small_floats(codes, 2, 1) * scale[:, None]
+    elif KIND == "nvfp4":
+        scale = _load_nvfp4_scale(row, scales, group, groups, inside, ALIGNED)
+        numbers = _widen_small_floats(codes, 2, 1) * scale[:, None]
+    elif KIND == "fp8":  # a last octet that is cut ends in the scales, at least 4 bytes
+        scale = _load_float(row, scales + group * 4, inside, ALIGNED)
+        numbers = _widen_small_floats(codes, 4, 3) * scale[:, None]
     else:
         scale = _load_half(row, scales + group * 2, inside, ALIGNED)
         zero = _load_half(row, scales + (groups + group) * 2, inside, ALIGNED)
@@ -154,8 +208,8 @@ def dequantize_rows(
     with enter_device(packed):
         _decode_kernel[(rows, triton.cdiv(octets, block))](
             packed, packed.stride(0), weight, in_features, octets, layout.scales, layout.groups,
-            layout.runs, _copy_levels(packed.device) if layout.is_nf4 else None,
-            BITS=layout.bits, GROUP=layout.group_size, NF4=layout.is_nf4, DOUBLE=layout.runs > 0,
+            layout.runs, _copy_levels(packed.device) if layout.kind == "nf4" else None,
+            BITS=layout.bits, GROUP=layout.group_size, KIND=layout.kind, DOUBLE=layout.runs > 0,
             ALIGNED=packed.data_ptr() % 4 == 0 and packed.stride(0) % 4 == 0, BLOCK=block,
             num_warps=_NUM_WARPS, **EXACT_OPTIONS,
         )  # fmt: skip

@@ -25,7 +25,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from dist_peft.quant.assumed_device import get_assumed_device
 
 __all__ = [
     "KERNELS_VARIABLE",
+    "RowKind",
     "RowLayout",
     "dequantize_on_device",
     "is_device_path",
@@ -52,17 +53,21 @@ _LEAST_CAPABILITY = (8, 0)
 _TRIAL_ROWS = 8
 
 
+RowKind = Literal["nf4", "affine", "mxfp4", "nvfp4", "fp8"]
+"""Codes and scales that the decode kernel knows; the first two are encoded by kernels, too."""
+
+
 class RowLayout(NamedTuple):
     """Where a packed row has its codes and scales.
 
     Attributes:
-        bits: of a code; NF4 has 4.
+        bits: of a code; 4 of NF4, MXFP4 and NVFP4, 8 of FP8.
         group_size: weights of a group, a multiple of 8.
         groups: of a row, the last one filled up.
         scales: first byte behind the codes and their padding.
         runs: NF4 with double quantization: second-level groups of a row; else 0.
         row_bytes: of a row.
-        is_nf4: NF4 codes; else affine integers.
+        kind: of codes and scales.
     """
 
     bits: int
@@ -71,7 +76,7 @@ class RowLayout(NamedTuple):
     scales: int
     runs: int
     row_bytes: int
-    is_nf4: bool
+    kind: RowKind
 
 
 class _DeviceState:
@@ -137,7 +142,7 @@ def quantize_on_device(
 
     Args:
         weight: ``[rows, in]``, any float type.
-        layout: of a row.
+        layout: of a row of NF4 or of affine integers.
         by_torch: encodes such rows by torch, for the trial.
 
     Returns:
@@ -151,7 +156,8 @@ def quantize_on_device(
         module = importlib.import_module("dist_peft.quant.device_encode")
         if layout.group_size > module.LARGEST_GROUP:
             return None
-        encode = module.quantize_nf4_rows if layout.is_nf4 else module.quantize_affine_rows
+        is_nf4 = layout.kind == "nf4"
+        encode = module.quantize_nf4_rows if is_nf4 else module.quantize_affine_rows
         packed: Tensor | None = encode(some, layout)
         return packed
 
@@ -217,7 +223,7 @@ def _is_triton_installed() -> bool:
 
 
 def _describe_kind(layout: RowLayout) -> tuple[object, ...]:
-    return layout.is_nf4, layout.bits, layout.group_size, layout.runs > 0
+    return layout.kind, layout.bits, layout.group_size, layout.runs > 0
 
 
 def is_trusted(

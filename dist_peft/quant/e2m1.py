@@ -9,13 +9,14 @@ the even element of a byte in the low nibble, and is zero-padded to whole groups
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import CodecDefaults
+from dist_peft.quant.device_choice import RowLayout, dequantize_on_device
 from dist_peft.quant.kernels import dequantize_by_table
 from dist_peft.quant.packed_rows import check_packed_rows
 
@@ -36,7 +37,7 @@ class E2m1Codec(CodecDefaults, ABC):
 
     codec_version: ClassVar[int] = 1
     config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size")
-    kind: ClassVar[str]
+    kind: ClassVar[Literal["mxfp4", "nvfp4"]]
     group_size: ClassVar[int]
 
     @classmethod
@@ -70,10 +71,28 @@ class E2m1Codec(CodecDefaults, ABC):
 
     def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
-        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
-        scale = self.read_statistics(packed, in_features)
-        payload = packed[:, : scale.shape[1] * self.group_size // 2]
-        return dequantize_by_table(payload, 4, E2M1_LEVELS, scale, in_features, dtype)
+        described = self._describe_rows(in_features)
+        check_packed_rows(packed, described.row_bytes, self.name, in_features)
+
+        def by_torch(some: Tensor) -> Tensor:
+            scale = self.read_statistics(some, in_features)
+            payload = some[:, : described.scales]
+            return dequantize_by_table(payload, 4, E2M1_LEVELS, scale, in_features, dtype)
+
+        fused = dequantize_on_device(packed, described, in_features, dtype, by_torch)
+        return by_torch(packed) if fused is None else fused
+
+    def _describe_rows(self, in_features: int) -> RowLayout:
+        groups = self.count_groups(in_features)
+        return RowLayout(
+            bits=4,
+            group_size=self.group_size,
+            groups=groups,
+            scales=groups * self.group_size // 2,
+            runs=0,
+            row_bytes=self.num_row_bytes(in_features),
+            kind=self.kind,
+        )
 
 
 def find_nearest_e2m1(scaled: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import CodecDefaults
+from dist_peft.quant.device_choice import RowLayout, dequantize_on_device
 from dist_peft.quant.packed_rows import (
     align_to_4_bytes,
     check_finite_statistics,
@@ -116,7 +117,16 @@ class Fp8Codec(CodecDefaults):
 
     def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
-        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
+        described = self._describe_rows(in_features)
+        check_packed_rows(packed, described.row_bytes, self.name, in_features)
+
+        def by_torch(some: Tensor) -> Tensor:
+            return self._dequantize_by_torch(some, in_features, dtype)
+
+        fused = dequantize_on_device(packed, described, in_features, dtype, by_torch)
+        return by_torch(packed) if fused is None else fused
+
+    def _dequantize_by_torch(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         scale = self.read_statistics(packed, in_features)
         codes = packed[:, :in_features].view(torch.float8_e4m3fn)
         weight = torch.empty(len(packed), in_features, dtype=dtype, device=packed.device)
@@ -144,6 +154,17 @@ class Fp8Codec(CodecDefaults):
         check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
         scale = self.read_statistics(packed, in_features)
         return packed[:, :in_features].view(torch.float8_e4m3fn), scale
+
+    def _describe_rows(self, in_features: int) -> RowLayout:
+        return RowLayout(
+            bits=8,
+            group_size=self.group_size,
+            groups=self.count_groups(in_features),
+            scales=align_to_4_bytes(in_features),
+            runs=0,
+            row_bytes=self.num_row_bytes(in_features),
+            kind="fp8",
+        )
 
     def join_packed_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Codes and scales of another library -> packed rows.

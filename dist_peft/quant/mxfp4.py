@@ -24,7 +24,7 @@ written, and ``read_statistics`` shows them as NaN.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ _LARGEST = 125
 class Mxfp4Codec(E2m1Codec):
     """The MXFP4 codec, without options. See the module for formula and layout."""
 
-    kind: ClassVar[str] = "mxfp4"
+    kind: ClassVar[Literal["mxfp4"]] = "mxfp4"
     group_size: ClassVar[int] = MXFP4_GROUP
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:

@@ -203,7 +203,7 @@ class Nf4Codec(CodecDefaults):
             scales=layout.payload,
             runs=layout.runs,
             row_bytes=layout.row_bytes,
-            is_nf4=True,
+            kind="nf4",
         )
 
 

@@ -20,7 +20,7 @@ there too; here every row has a copy. Encoding takes a ``g`` for each row, so th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ _LARGEST_FACTOR = 2.0**126
 class Nvfp4Codec(E2m1Codec):
     """The NVFP4 codec, without options. See the module for formula and layout."""
 
-    kind: ClassVar[str] = "nvfp4"
+    kind: ClassVar[Literal["nvfp4"]] = "nvfp4"
     group_size: ClassVar[int] = NVFP4_GROUP
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,18 @@ from dist_peft.core.errors import UserError
 from dist_peft.quant import device_choice
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.assumed_device import assume_device
+from dist_peft.quant.fp8 import Fp8Codec
+from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
-from tests.support.device_rows import DEVICE, MARKS, has_same_bits, make_weights, prepare_kernels
+from dist_peft.quant.nvfp4 import Nvfp4Codec
+from tests.support.device_rows import (
+    DEVICE,
+    MARKS,
+    KernelCodec,
+    has_same_bits,
+    make_weights,
+    prepare_kernels,
+)
 
 CUDA = torch.device("cuda")
 pytestmark = MARKS
@@ -123,6 +134,40 @@ def test_codecs_use_the_kernels(
         codec.dequantize_rows(packed, 64, torch.float16)
 
 
+@pytest.mark.parametrize("codec", [Mxfp4Codec(), Nvfp4Codec(), Fp8Codec(24)], ids=str)
+def test_codecs_of_small_floats_try_their_decode_first(
+    codec: KernelCodec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel runs interpreted on a CPU, as if it were a GPU with ``auto``."""
+    prepare_kernels()
+    from dist_peft.quant import device
+
+    packed = codec.quantize_to_packed(make_weights(11, 77)).cpu()
+    decode, calls, factor = device.dequantize_rows, [], 1.0
+
+    def decode_counted(some: Tensor, *others: Any) -> Tensor:
+        calls.append(len(some))
+        return decode(some, *others) * factor
+
+    monkeypatch.setattr(device, "dequantize_rows", decode_counted)
+    expected = codec.dequantize_rows(packed, 77, torch.float32)
+    assert calls == []  # a CPU is torch
+    monkeypatch.setattr(device_choice, "is_device_path", lambda tensor, dtype: True)
+    for _ in range(2):
+        assert has_same_bits(codec.dequantize_rows(packed, 77, torch.float32), expected)
+    assert calls == [8, 11, 11]
+    ((kind, trusted),) = device_choice._state.verdicts.items()
+    assert trusted and kind[:2] == ("decode", codec.name)
+    device_choice._state.verdicts.clear()
+    calls.clear()
+    factor = 2.0
+    with caplog.at_level(logging.WARNING, "dist_peft"):
+        assert has_same_bits(codec.dequantize_rows(packed, 77, torch.float32), expected)
+    assert calls == [8] and "does not give the bits of torch" in caplog.text
+    with pytest.raises(ValueError, match="with in_features=512 are uint8"):
+        codec.dequantize_rows(packed, 512, torch.float32)
+
+
 def test_groups_too_large_for_a_program_and_hqq_are_encoded_by_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,12 +212,16 @@ def test_no_verdict_on_weights_that_cannot_be_encoded() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
-def test_auto_decodes_by_a_kernel_on_a_gpu() -> None:
-    codec = Nf4Codec(64)
+@pytest.mark.parametrize(
+    ("codec", "kinds"),
+    [(Nf4Codec(64), 2), (Mxfp4Codec(), 1), (Nvfp4Codec(), 1), (Fp8Codec(), 1)],
+    ids=str,
+)
+def test_auto_decodes_by_a_kernel_on_a_gpu(codec: KernelCodec, kinds: int) -> None:
     packed = codec.quantize_to_packed(make_weights(64, 4096))
     codec.dequantize_rows(packed, 4096, torch.bfloat16)
     assert set(device_choice._state.verdicts.values()) == {True}
-    assert len(device_choice._state.verdicts) == 2  # encode and decode
+    assert len(device_choice._state.verdicts) == kinds  # decode, and encode of NF4
 
 
 def test_an_unknown_choice_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,19 +12,28 @@ from torch import Tensor
 
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.device_choice import RowLayout
+from dist_peft.quant.e2m1 import E2m1Codec
+from dist_peft.quant.fp8 import Fp8Codec
+from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.quant.nvfp4 import Nvfp4Codec
 
 __all__ = [
     "CODECS",
     "DEVICE",
     "DTYPES",
+    "FLOAT_CODECS",
     "MARKS",
     "SHAPES",
+    "KernelCodec",
     "describe_rows",
     "has_same_bits",
+    "has_same_numbers",
     "make_weights",
     "prepare_kernels",
 ]
+
+KernelCodec = Nf4Codec | AffineCodec | E2m1Codec | Fp8Codec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARKS = [
@@ -39,6 +48,12 @@ CODECS: list[Nf4Codec | AffineCodec] = [
     Nf4Codec(1024),
     *(AffineCodec(bits, size) for bits in (2, 3, 4, 8) for size in (8, 24, 64, 256)),
 ]
+FLOAT_CODECS: list[E2m1Codec | Fp8Codec] = [
+    Mxfp4Codec(),
+    Nvfp4Codec(),
+    *(Fp8Codec(size) for size in (8, 24, 128, 2**16)),
+]
+"""Decoded by a kernel, encoded by torch."""
 
 
 def prepare_kernels() -> None:
@@ -68,7 +83,7 @@ def make_weights(rows: int, columns: int, dtype: torch.dtype = torch.float32) ->
     return weight.to(DEVICE, dtype)
 
 
-def describe_rows(codec: Nf4Codec | AffineCodec, columns: int) -> RowLayout:
+def describe_rows(codec: KernelCodec, columns: int) -> RowLayout:
     if isinstance(codec, Nf4Codec):
         return codec._describe_rows(codec._compute_layout(columns))
     return codec._describe_rows(columns)
@@ -78,3 +93,11 @@ def has_same_bits(one: Tensor | None, two: Tensor) -> bool:
     assert one is not None
     pair = [tensor.contiguous().view(torch.uint8) for tensor in (one, two)]
     return one.dtype == two.dtype and one.shape == two.shape and torch.equal(*pair)
+
+
+def has_same_numbers(one: Tensor, two: Tensor) -> bool:
+    """NaN in the same places, and the same bits in all others: devices have NaNs of their own."""
+    lost = one.isnan()
+    return torch.equal(lost, two.isnan()) and has_same_bits(
+        one.masked_fill(lost, 0), two.masked_fill(lost, 0)
+    )

@@ -18,9 +18,12 @@ import torch
 
 from dist_peft.quant import device, device_encode, device_low_rank
 from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.fp8 import Fp8Codec
 from dist_peft.quant.low_rank_linear import DropoutKeys
+from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
-from tests.support.device_rows import describe_rows
+from dist_peft.quant.nvfp4 import Nvfp4Codec
+from tests.support.device_rows import KernelCodec, describe_rows
 from tests.support.triton_launches import compile_launches, list_instructions, read_resources
 
 CAPABILITIES = (80, 90, 100)
@@ -28,12 +31,14 @@ MAX_REGISTERS = 64
 BANNED = ("div.full", "approx", ".ftz", "f64")
 CONTRACTED = "fma.rn.f32"
 CODECS = [Nf4Codec(64), Nf4Codec(64, False), *(AffineCodec(bits, 64) for bits in (2, 3, 4, 8))]
+FLOAT_CODECS: list[KernelCodec] = [Mxfp4Codec(), Nvfp4Codec(), Fp8Codec(128)]
+"""Decoded by a kernel, encoded by torch."""
 
 
 def list_decodes(capability: int) -> Iterator[tuple[str, list[Any]]]:
     """Each codec into bfloat16 at an even width; for sm_90 also odd widths, types, alignments."""
     odd = ((4097, torch.float32, 0), (1, torch.float16, 0), (4096, torch.bfloat16, 1))
-    for number, codec in enumerate(CODECS):
+    for number, codec in enumerate([*CODECS, *FLOAT_CODECS]):
         cases = [(4096, torch.bfloat16, 0), odd[number % len(odd)]]
         for columns, dtype, shift in cases if capability == 90 else cases[:1]:
             layout = describe_rows(codec, columns)
@@ -52,7 +57,7 @@ def list_encodes(capability: int) -> Iterator[tuple[str, list[Any]]]:
         weight = torch.zeros(2, 4096, dtype=torch.bfloat16)
         layout = describe_rows(codec, 4096)
         with compile_launches(capability) as compiled:
-            if layout.is_nf4:
+            if layout.kind == "nf4":
                 device_encode.quantize_nf4_rows(weight, layout)
             else:
                 device_encode.quantize_affine_rows(weight, layout)
