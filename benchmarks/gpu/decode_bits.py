@@ -18,6 +18,8 @@ CODECS = [
     QuantConfig(kind="nf4", double_quant=True),
     QuantConfig(kind="nf4", group_size=32),
     *(QuantConfig(kind="int", bits=bits, group_size=64) for bits in (2, 3, 4, 8)),
+    *(QuantConfig(kind="mxfp4"), QuantConfig(kind="nvfp4")),
+    *(QuantConfig(kind="fp8", group_size=size) for size in (128, 2**16)),
 ]
 SHAPES = ((1, 64), (3, 4096), (129, 1024), (65, 172), (7, 14336), (1000, 2816))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

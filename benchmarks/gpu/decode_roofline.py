@@ -15,9 +15,17 @@ from common import print_table
 from gpu_common import finish, parse_arguments, pick_device
 
 from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.codec import Codec
+from dist_peft.quant.fp8 import Fp8Codec
+from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.quant.nvfp4 import Nvfp4Codec
 
-CODECS = [Nf4Codec(64), Nf4Codec(64, False), *(AffineCodec(bits, 64) for bits in (8, 4, 3, 2))]
+CODECS: list[Codec] = [
+    *(Nf4Codec(64), Nf4Codec(64, False)),
+    *(AffineCodec(bits, 64) for bits in (8, 4, 3, 2)),
+    *(Mxfp4Codec(), Nvfp4Codec(), Fp8Codec(128)),
+]
 SHAPE, DRY_SHAPE = (14336, 4096), (16, 512)
 WAYS = ("triton", "bnb", "torch")
 ROUNDS = 20
@@ -45,7 +53,7 @@ def measure_copy(device: torch.device, num_bytes: int, rounds: int) -> float:
     return 2 * num_bytes / time_call(lambda: target.copy_(source), device, rounds)
 
 
-def list_ways(codec: Nf4Codec | AffineCodec, device: torch.device) -> list[str]:
+def list_ways(codec: Codec, device: torch.device) -> list[str]:
     """Ways that this codec has here: bitsandbytes knows NF4 alone, a CPU is torch."""
     if device.type == "cpu":
         return ["torch"]
@@ -53,7 +61,7 @@ def list_ways(codec: Nf4Codec | AffineCodec, device: torch.device) -> list[str]:
 
 
 def measure_codec(
-    codec: Nf4Codec | AffineCodec, weight: torch.Tensor, rounds: int, copied: float
+    codec: Codec, weight: torch.Tensor, rounds: int, copied: float
 ) -> dict[str, float]:
     """Times of one codec by the way that the environment says; ``copied`` bytes a second."""
     device, columns = weight.device, weight.shape[1]

@@ -24,7 +24,7 @@ power of two, subnormal or not, as biases alone differ::
 so that a shift and an exact product decode it. E4M3 has no infinity; its largest code is NaN.
 
 A weight is read and written once: 0.52 bytes in and 2 out for NF4 with double quantization into
-bfloat16, where the chunks of ``quant.kernels`` move 24 in 72 launches. Rows may lie anywhere: any
+bfloat16, where the chunks of ``quant.kernels`` move 24 in 22 launches. Rows may lie anywhere: any
 row stride, any alignment.
 
 The bits are those of ``quant.kernels``: products and sums in float32, each rounded once. ``a * b +

@@ -1,7 +1,8 @@
 """Rules that a run on a CPU cannot see, for each fused kernel as it is launched.
 
     python -m tests.support.kernel_rules           fails with the kernel and the rule
-    python -m tests.support.kernel_rules --table   registers, loads and stores of each kernel
+    python -m tests.support.kernel_rules --table   registers, loads and stores of each kernel, and
+                                                   launches of a decode by torch's operators
 
 For sm_80, sm_90 and sm_100: compiles, at most 64 registers a thread, nothing
 spilled to local memory; no fused multiply-add (but in the sums of products), no approximate or
@@ -15,8 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_peft.quant import device, device_encode, device_low_rank
+from dist_peft.quant import device, device_encode, device_low_rank, packed_rows
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.fp8 import Fp8Codec
 from dist_peft.quant.low_rank_linear import DropoutKeys
@@ -86,6 +88,29 @@ def list_products(capability: int) -> Iterator[tuple[str, list[Any]]]:
         yield f"product {dtype} rank {rank} dropout {drops}", compiled
 
 
+class _CountedCalls(TorchDispatchMode):
+    """Calls of operators, and those that compute: neither views nor allocations."""
+
+    calls = launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        alias = func._schema.returns[0].alias_info
+        self.calls += 1
+        self.launches += "empty" not in str(func) and (alias is None or alias.is_write)
+        return func(*args, **kwargs or {})
+
+
+def print_torch_launches() -> None:
+    """Of a weight of 4096 x 4096 into bfloat16, in the chunks of a GPU."""
+    packed_rows.CHUNK_ELEMENTS = packed_rows._DEVICE_CHUNK_ELEMENTS
+    for codec in [*CODECS, *FLOAT_CODECS]:
+        packed = torch.zeros(4096, codec.num_row_bytes(4096), dtype=torch.uint8)
+        codec.dequantize_rows(packed[:1], 4096, torch.bfloat16)  # builds its tables
+        with _CountedCalls() as counted:
+            codec.dequantize_rows(packed, 4096, torch.bfloat16)
+        print(f"torch decode {codec.name}: {counted.calls} calls, {counted.launches} launches")
+
+
 def check_kernel(name: str, kernel: Any) -> dict[str, int]:
     used, text = read_resources(kernel), kernel.asm["ptx"]
     is_product = " product " in name
@@ -112,6 +137,8 @@ def main() -> None:
                         found = Counter(list_instructions(kernel))
                         moves = {i: n for i, n in found.items() if i[:3] in ("LDG", "STG", "LDS")}
                         print(name, used, found.total(), moves)
+    if table:
+        print_torch_launches()
     print(f"{count} kernels keep the rules")
 
 
