@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,13 +103,14 @@ class _CountedCalls(TorchDispatchMode):
 
 def print_torch_launches() -> None:
     """Of a weight of 4096 x 4096 into bfloat16, in the chunks of a GPU."""
-    packed_rows.CHUNK_ELEMENTS = packed_rows._DEVICE_CHUNK_ELEMENTS
-    for codec in [*CODECS, *FLOAT_CODECS]:
-        packed = torch.zeros(4096, codec.num_row_bytes(4096), dtype=torch.uint8)
-        codec.dequantize_rows(packed[:1], 4096, torch.bfloat16)  # builds its tables
-        with _CountedCalls() as counted:
-            codec.dequantize_rows(packed, 4096, torch.bfloat16)
-        print(f"torch decode {codec.name}: {counted.calls} calls, {counted.launches} launches")
+    of_a_gpu = packed_rows._DEVICE_CHUNK_ELEMENTS
+    with mock.patch.object(packed_rows, "CHUNK_ELEMENTS", of_a_gpu):
+        for codec in [*CODECS, *FLOAT_CODECS]:
+            packed = torch.zeros(4096, codec.num_row_bytes(4096), dtype=torch.uint8)
+            codec.dequantize_rows(packed[:1], 4096, torch.bfloat16)  # builds its tables
+            with _CountedCalls() as counted:
+                codec.dequantize_rows(packed, 4096, torch.bfloat16)
+            print(f"torch decode {codec.name}: {counted.calls} calls, {counted.launches} launches")
 
 
 def check_kernel(name: str, kernel: Any) -> dict[str, int]:
