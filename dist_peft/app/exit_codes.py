@@ -9,11 +9,13 @@ The line that says why a command ended is the last on stderr, and also in ``log.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from dist_peft.app.earlier_log import append_to_earlier_log, name_run_directory
 from dist_peft.app.json_output import print_refusal
@@ -158,9 +160,22 @@ def _exit_process(world: World, code: int) -> int:
     After success too: a thread of gloo that frees a tensor while the interpreter shuts down
     aborts the process.
     """
+    if code == RESUMABLE:
+        _create_stop_file()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     if world.size > 1:
         os._exit(code)
     return code
+
+
+def _create_stop_file() -> None:
+    """Create the file ``DIST_PEFT_STOP_FILE``, if the script that started the ranks names one.
+
+    Its launcher kills the ranks that have not ended yet and passes their exit code on instead.
+    """
+    name = os.environ.get("DIST_PEFT_STOP_FILE")
+    if name:
+        with contextlib.suppress(OSError):  # such as outside a container's mounts
+            Path(name).touch()

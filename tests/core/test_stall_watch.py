@@ -97,14 +97,14 @@ def test_a_frozen_store_is_noticed_and_left(in_a_step: Callable[[], None]) -> No
     store.frozen.set()
     start = time.monotonic()
     silent, _ = watches[1].explain_silence()
-    assert silent == "rank 0 on a" and time.monotonic() - start < 5
+    assert silent == "rank 0 on a" and time.monotonic() - start < 20
     texts = sorted(report.text for report in wait_for(found, 2))
     assert texts[0].startswith("rank 0 on a, which connects the ranks, has given no sign of life")
     assert texts[1].startswith("the launcher's agent, which connects the ranks, has given no sign")
     assert "last in 'read data' of step 2" in texts[0]
     start = time.monotonic()
     watches[1].close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 def test_all_survivors_say_the_same_and_rank_0_waits_for_them(
@@ -119,7 +119,7 @@ def test_all_survivors_say_the_same_and_rank_0_waits_for_them(
     start = time.monotonic()
     for report in reports:
         report.wait_until_read()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 0.9 * stall_watch.READ_SECONDS
     for watch in watches:
         watch.close()
 

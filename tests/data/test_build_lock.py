@@ -59,12 +59,12 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     path.write_text(text)
     start = time.monotonic()
     with hold_build_lock(path):
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 25
     # of another host: no process can be looked for, so the lease has to end
     path.write_text("".join(f"{s}\n" for s in text.splitlines()).replace("host=", "host=not-"))
     start = time.monotonic()
     with hold_build_lock(path):
-        assert 0.5 < time.monotonic() - start < 5
+        assert 0.5 < time.monotonic() - start < 25
 
 
 def test_file_of_a_process_killed_while_it_made_it(tmp_path: Path) -> None:

@@ -70,12 +70,12 @@ def test_signals_reach_the_script(
         cwd=tmp_path,
     )
     note = tmp_path / "process"
-    wait_until(lambda: note.exists() and note.read_text(), 30, "the script")
+    wait_until(lambda: note.exists() and note.read_text(), 90, "the script")
     forked = Path("/proc", note.read_text())
     assert forked.name != str(process.pid)
     process.send_signal(end)
-    assert process.wait(timeout=30) == (75 if end == signal.SIGUSR1 else -end)
-    wait_until(lambda: not forked.exists(), 30, "end of the script")
+    assert process.wait(timeout=90) == (75 if end == signal.SIGUSR1 else -end)
+    wait_until(lambda: not forked.exists(), 90, "end of the script")
 
 
 @pytest.mark.parametrize("sent", [b"", b"\0\0", struct.pack("!I", 40) + b"{"])

@@ -163,7 +163,7 @@ class Hosts:
         client.chmod(0o755)
         for name in self.names:
             reach = self.command(self.names[0], str(client), name, "true")
-            wait_until(lambda r=reach: _succeeds(r), 10, f"sshd on {name}")
+            wait_until(lambda r=reach: _succeeds(r), 60, f"sshd on {name}")
         return box / "bin"
 
 
@@ -191,7 +191,7 @@ class Slurm(Hosts):
         ready = len(self.names)
         wait_until(
             lambda: len(self.call("sinfo", "-hN", "-t", "idle", check=False).split("\n")) > ready,
-            30,
+            90,
             f"nodes idle; see {box / 'log'}",
         )
 
@@ -250,7 +250,7 @@ class Slurm(Hosts):
         time.sleep(2)  # slurmd refuses a job that comes back within the second of its end
         self.call("scontrol", "update", f"job={job}", "StartTime=now")
 
-    def wait(self, job: str, seconds: float = 120) -> str:
+    def wait(self, job: str, seconds: float = 300) -> str:
         """Wait for a job's end; gives its state."""
         going = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
         wait_until(lambda: self.state(job) not in going, seconds, f"end of job {job}")

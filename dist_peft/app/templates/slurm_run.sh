@@ -53,6 +53,10 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # a container goes into this line (uncomment one):
 #   pyxis:     srun --container-image=IMAGE.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD" ...
 #   apptainer: srun ... apptainer exec --nv --bind "$PWD" IMAGE.sif python launch/train.py ...
+# A rank that stops on a signal creates this file: the others are killed with its exit, and srun reports
+# their 137 (128 + KILL), the largest of all exit codes.
+export DIST_PEFT_STOP_FILE=${DIST_PEFT_STOP_FILE:-$PWD/.dist_peft-stopped.$SLURM_JOB_ID}
+rm -f "$DIST_PEFT_STOP_FILE"
 code=75
 if [ -z "$early" ]; then
     srun --kill-on-bad-exit=1 \
@@ -66,6 +70,9 @@ if [ -z "$early" ]; then
         code=$?
     done
 fi
+
+if [ "$code" = 137 ] && [ -e "$DIST_PEFT_STOP_FILE" ]; then code=75; fi
+rm -f "$DIST_PEFT_STOP_FILE"
 
 # 75: stopped on the signal. The same job goes back to the queue, and the same command resumes from
 # save.dir (resume: auto): no job array and no chain of dependent jobs. 138 and 143 (128 + USR1, TERM)
