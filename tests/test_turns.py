@@ -107,12 +107,12 @@ def test_always(): pass
 """
 
 
-@pytest.mark.parametrize(("digit", "expected"), [(0, 3), (1, 1), (2, 3)])
+@pytest.mark.parametrize(("digit", "expected"), [(0, 3), (1, 1), (2, 1), (3, 3)])
 def test_files_take_turns_and_all_their_cells_come(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, digit: int, expected: int
 ) -> None:
     monkeypatch.setattr(turns, "TESTS", pytester.path)
-    monkeypatch.setattr(turns, "ALTERNATE_FILES", (("test_it.py",), ()))
+    monkeypatch.setattr(turns, "ALTERNATE_FILES", (("test_it.py",), (), ()))
     pytester.makeconftest(CONFTEST.replace('takes turns")', 'takes turns")' + MARKS))
     pytester.makepyfile(test_it=ALTERNATE_TESTS)
     for cell in range(2):

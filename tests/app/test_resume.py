@@ -98,7 +98,10 @@ ENGINES: dict[str, tuple[dict[str, Any], int, dict[str, Any], int, str]] = {
 
 @pytest.mark.dist
 @pytest.mark.data
-@pytest.mark.parametrize("engines", ENGINES)
+@pytest.mark.parametrize(
+    "engines",
+    [pytest.param(e, marks=pytest.mark.turn(i, 2)) for i, e in enumerate(ENGINES)],
+)
 def test_resumed_in_another_engine(
     begin: Callable[..., Begun], shared_data: Path, tmp_path: Path, engines: str
 ) -> None:

@@ -40,7 +40,7 @@ messages: dict[str, str] = {}
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, marks=pytest.mark.turn(number % 2, 2), id=row.name)
+        pytest.param(row, marks=pytest.mark.turn(number % 3, 3), id=row.name)
         for number, row in enumerate(TABLE)
     ],
 )

@@ -163,7 +163,10 @@ def adam(world: World, config: EngineConfig, state: dict[str, Tensor] | None, st
     return losses, after | {"steps": torch.tensor(first + steps)}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+STAGES_BY_TURN = [pytest.param(s, marks=pytest.mark.turn(s - 1, 3)) for s in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("stage", STAGES_BY_TURN)
 def test_state_goes_on_at_another_world_size_and_in_another_engine(stage: int) -> None:
     """single -> zero on 3 ranks -> single; single learns from no one but its own state."""
     whole, _ = adam(World(), EngineConfig(), None, 6)
@@ -204,7 +207,7 @@ def fresh_state(world: World, stage: int) -> None:
     assert steps() == first  # nothing of the steps before is left
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES_BY_TURN)
 def test_state_before_the_first_step_can_be_given_back(stage: int) -> None:
     run_ranks(fresh_state, 2, stage)
 

@@ -7,9 +7,10 @@ and without it, or with ``all``, nothing is left out.
 Turns are for products whose factors, and pairs of factors where that can be, run in every turn:
 ``number_turn`` deals triples out in this way. What a cell alone shows is no such cell.
 
-Files whose processes show one method or one feature take turns of two (``ALTERNATE_FILES``), by
-another digit of the turn, so that cells that take turns in such a file all come. Engines, resuming,
-failures, the first command of README and the products above run in every turn.
+Files whose processes show one method, one feature or one launcher take turns of three
+(``ALTERNATE_FILES``), by another digit of the turn, so that cells that take turns in such a file
+all come. Engines, resuming, failures, the first command of README and the products above run in
+every turn.
 
 ``tests/conftest.py`` calls ``keep_present_turn``.
 """
@@ -42,49 +43,57 @@ TURNS_OF_CELLS = 24
 PROCESS_MARKS = ("dist", "e2e", "launcher")
 ALTERNATE_FILES = (
     (
-        "adapters/test_adapter_switch.py",
-        "app/test_classification.py",
-        "app/test_data_initialization.py",
-        "app/test_domain_adversarial.py",
-        "app/test_float_bases.py",
-        "app/test_full.py",
-        "app/test_fusion.py",
-        "app/test_pruning.py",
-        "app/test_peft_form_report.py",
-        "app/test_prequantized.py",
-        "app/test_qalora.py",
-        "app/test_run_samples.py",
-        "app/test_quality.py",
-        "app/test_tasks.py",
-        "app/test_virtual_tokens.py",
-        "export/formats/test_kept_nf4.py",
-        "launch/test_deepspeed.py",
-        "plan/test_run_plan.py",
-        "test_wheel.py",
-    ),
-    (
         "app/sweep/test_sweep_run.py",
         "app/test_adalora.py",
-        "app/test_adapter_bank.py",
-        "app/test_base_content.py",
-        "app/test_bottleneck.py",
-        "app/test_domain_matrix.py",
-        "app/test_exact_ranks.py",
-        "app/test_experts.py",
+        "app/test_classification.py",
+        "app/test_full.py",
+        "app/test_fusion.py",
         "app/test_ia3.py",
+        "app/test_qalora.py",
         "app/test_quantized_base.py",
-        "app/test_task_switching.py",
-        "app/test_through_quantizer.py",
-        "engine/test_every_row_learns.py",
         "engine/test_outer_units.py",
+        "export/formats/test_kept_nf4.py",
         "launch/test_mpi.py",
-        "launch/test_slurm_losses.py",
-        "plan/test_fake_world.py",
-        "quickstart/test_task.py",
+        "launch/test_slurm.py",
         "test_gpu_scripts.py",
     ),
+    (
+        "app/test_adapter_bank.py",
+        "app/test_base_content.py",
+        "app/test_domain_matrix.py",
+        "app/test_float_bases.py",
+        "app/test_pruning.py",
+        "app/test_quality.py",
+        "app/test_through_quantizer.py",
+        "app/test_virtual_tokens.py",
+        "launch/test_slurm_losses.py",
+        "launch/test_torchrun.py",
+        "plan/test_run_plan.py",
+        "quickstart/test_task.py",
+        "train/test_nonfinite.py",
+    ),
+    (
+        "adapters/test_adapter_switch.py",
+        "app/test_bottleneck.py",
+        "app/test_data_initialization.py",
+        "app/test_domain_adversarial.py",
+        "app/test_exact_ranks.py",
+        "app/test_experts.py",
+        "app/test_peft_form_report.py",
+        "app/test_prequantized.py",
+        "app/test_run_samples.py",
+        "app/test_task_switching.py",
+        "app/test_tasks.py",
+        "app/test_verified_export.py",
+        "engine/test_every_row_learns.py",
+        "faults/test_campaign.py",
+        "launch/test_deepspeed.py",
+        "launch/test_hangs.py",
+        "plan/test_fake_world.py",
+        "test_wheel.py",
+    ),
 )
-"""Files below ``tests`` whose tests of real processes run in every second turn, by turn."""
+"""Files below ``tests`` whose tests of real processes run in every third turn, by turn."""
 
 
 def read_turn() -> int | None:
@@ -118,7 +127,9 @@ def keep_present_turn(config: pytest.Config, items: list[pytest.Item]) -> None:
     turn = read_turn()
     if turn is None:
         return
-    absent = {TESTS / name for name in ALTERNATE_FILES[1 - turn // TURNS_OF_CELLS % 2]}
+    present = turn // TURNS_OF_CELLS % len(ALTERNATE_FILES)
+    waiting_files = [files for i, files in enumerate(ALTERNATE_FILES) if i != present]
+    absent = {TESTS / name for files in waiting_files for name in files}
     kept: list[pytest.Item] = []
     waiting: list[pytest.Item] = []
     for item in items:
