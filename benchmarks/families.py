@@ -2,13 +2,17 @@
 
     OMP_NUM_THREADS=1 python benchmarks/families.py [--only TYPE ...] [--jobs 2] [--limit 90]
 
-For each type a tiny random model is made from its default configuration with small sizes, and four
-things are looked at, in float32 on the CPU, in a process of its own with a time limit:
+For each type a tiny random model is made from its default configuration with small sizes, with its
+towers where it is published with some. In float32 on the CPU, with a time limit:
 
     logits    the model as built and loaded here without quantization, against transformers' own
     gradient  NF4 and LoRA on all linears, one backward: which factors get a gradient
     packing   whether documents of a row are isolated (else the run refuses data.packing)
     refused   the message, if one of the above is refused
+    formats   the reason of each export format that refuses the type (``family_runs``)
+    ranks     three steps of ``dist-peft train`` on one rank and on two: difference of the losses
+    merge     ``dist-peft merge``, loaded by transformers: error over the change by training
+    gguf      the same of an export in F16, loaded by llama.cpp; other formats for ``EXPORTED``
 
 A type is not tried where its small configuration or transformers' own forward fails. The classes
 that declare tensors to be kept in float32 are read from transformers' source, all of them, with the
@@ -17,6 +21,7 @@ tried types that they belong to. Results: ``families.json`` and ``families.md``.
 
 import argparse
 import ast
+import inspect
 import json
 import multiprocessing as mp
 import signal
@@ -31,10 +36,15 @@ from typing import Any
 import torch
 import transformers
 from common import RESULTS, machine, write_result
+from family_runs import FORMATS, find_format_obstacles, save_tokenizer, try_runs
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from dist_peft.adapters.lora.method import LoraAdapter
 from dist_peft.core.config.run import BaseConfig, LoraConfig, QuantConfig
@@ -42,6 +52,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.load import load_model
+from dist_peft.model.model_class import choose_auto_class
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader
 
@@ -51,10 +62,10 @@ SMALL: dict[int, str] = {
     64: (
         "hidden_size d_model n_embd embed_dim embedding_size dim_model lru_width "
         "word_embed_proj_dim max_position_embeddings n_positions n_ctx max_seq_len seq_length "
-        "context_length moe_latent_size attention_hidden_size"
+        "context_length moe_latent_size attention_hidden_size out_hidden_size embed_dim"
     ),
-    97: "vocab_size vocab_size_per_layer_input",
-    104: (
+    263: "vocab_size vocab_size_per_layer_input",
+    96: (
         "intermediate_size ffn_dim ffn_hidden_size dim_ff n_inner decoder_ffn_dim encoder_ffn_dim "
         "d_ff d_inner dense_intermediate_size intermediate_size_mlp mlp_hidden_size"
     ),
@@ -81,7 +92,7 @@ SMALL: dict[int, str] = {
         "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
         "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk "
         "moe_k num_experts_per_token index_n_heads num_decoder_layers num_global_key_value_heads "
-        "eos_token_id"
+        "depth eos_token_id"
     ),
     1: (
         "n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts "
@@ -90,7 +101,8 @@ SMALL: dict[int, str] = {
     ),
     0: "pad_token_id num_kv_shared_layers",
 }
-_SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
+_SIZES: dict[str, Any] = {name: size for size, names in SMALL.items() for name in names.split()}
+_SIZES |= {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [1]}
 _PER_TYPE: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16, "num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
@@ -107,7 +119,7 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "xlm": {"emb_dim": 64, "n_words": 97},
+    "xlm": {"emb_dim": 64, "n_words": 263},
     "zamba2": {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
@@ -147,6 +159,22 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
 }
 """What a type needs in addition to the sizes."""
 
+EXPORTED = """
+llama llama4 mistral3 qwen2 qwen3 qwen3_moe qwen3_vl gemma3_text gemma3 gemma4 phi3 mixtral
+deepseek_v3 gpt_oss glm4_moe granitemoe nemotron_h bamba olmo_hybrid kimi_linear
+"""
+"""Types of which every format is written and loaded."""
+
+
+def list_types() -> list[str]:
+    """Every causal and conditional type of the installed transformers."""
+    tables = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+    return sorted({kind for table in tables for kind in table})
+
 
 def small_config(kind: str) -> PretrainedConfig:
     """The default configuration of a type with small sizes, one layer or more of each kind."""
@@ -170,6 +198,13 @@ def _small(default: PretrainedConfig, kind: str) -> dict[str, Any]:
         changes["head_dim"] = changes["qk_rope_head_dim"]
     if "kv_lora_rank" in given and "num_key_value_heads" in given:  # multi-head latent attention
         changes["num_key_value_heads"] = changes["num_attention_heads"]
+    if _has_rope_sections(default):
+        usual = {"rope_type": "default", "rope_theta": 10000.0}
+        rotary = usual | dict(given.get("rope_parameters") or {})
+        size = changes.get("head_dim", changes["hidden_size"] // changes["num_attention_heads"])
+        half = int(size * rotary.get("partial_rotary_factor", 1)) // 2
+        sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
+        changes["rope_parameters"] = {**rotary, "mrope_section": sections}
     pattern = given.get("layer_types")
     count = next((k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in given), None)
     if pattern and count:
@@ -179,6 +214,14 @@ def _small(default: PretrainedConfig, kind: str) -> dict[str, Any]:
     return changes | _PER_TYPE.get(kind, {})
 
 
+def _has_rope_sections(config: PretrainedConfig) -> bool:
+    """Whether a text model shares its rotary frequencies out among the axes of an image."""
+    file = Path(inspect.getfile(type(config)))
+    code = file.with_name(file.name.replace("configuration_", "modeling_"))
+    known = "rope_parameters" in config.to_dict() and "num_key_value_heads" in config.to_dict()
+    return known and code.is_file() and "mrope_section" in code.read_text()
+
+
 def reference_model(kind: str, directory: Path) -> nn.Module:
     """A random model, saved; norms and biases are random, too."""
     torch.manual_seed(0)
@@ -186,18 +229,26 @@ def reference_model(kind: str, directory: Path) -> nn.Module:
     size = sum(p.numel() for p in _on_meta(config).parameters())
     if size > 1.5e8:
         raise ValueError(f"the small configuration still has {size / 1e6:.0f} M parameters")
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = published_class(config).from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(directory)
+    save_tokenizer(directory)
     return model  # type: ignore[no-any-return]
 
 
 def _on_meta(config: PretrainedConfig) -> nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+        return published_class(config).from_config(config)  # type: ignore[no-any-return]
+
+
+def published_class(config: PretrainedConfig) -> Any:
+    """The class that saves a type as it is published: with its towers, where it has some."""
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return choose_auto_class({"model_type": config.model_type})
 
 
 def build_loaded(directory: Path, quant: QuantConfig | None, lora: bool) -> nn.Module:
@@ -210,6 +261,12 @@ def build_loaded(directory: Path, quant: QuantConfig | None, lora: bool) -> nn.M
     with RowReader(skeleton.index) as reader:
         load_model(skeleton.model, reader, engine, CPU)
     return skeleton.model
+
+
+def _find_format_obstacles(directory: Path) -> dict[str, str]:
+    base = BaseConfig(path=str(directory), quant=QuantConfig(), compute_dtype="float32")
+    found = find_format_obstacles(build_skeleton(base, directory), directory, base)
+    return {name: reason.replace(str(directory), "BASE") for name, reason in found.items()}
 
 
 def factors_without_gradient(model: nn.Module, ids: Tensor) -> tuple[int, list[str]]:
@@ -241,6 +298,7 @@ def try_type(kind: str, directory: Path) -> dict[str, Any]:
             logits = ours(input_ids=ids, use_cache=False).logits
         found["logits_difference"] = float((logits - expected).abs().max())
         found["packing"] = "isolated" if documents_are_isolated(ours, CPU) else "refused"
+        found["formats"] = _find_format_obstacles(directory)
         trained = build_loaded(directory, QuantConfig(), True)
         found["factors"], found["without_gradient"] = factors_without_gradient(trained, ids)
         found["outcome"] = "works" if found["logits_difference"] < 1e-4 else "wrong"
@@ -263,8 +321,7 @@ def _in_process(kind: str, out: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as directory:
-        out.write_text(json.dumps(try_type(kind, Path(directory))))
+    out.write_text(json.dumps(try_type(kind, out.parent / "base")))
 
 
 def with_limit(kind: str, limit: float) -> dict[str, Any]:
@@ -287,6 +344,19 @@ def with_limit(kind: str, limit: float) -> dict[str, Any]:
             found = json.loads(out.read_text())
         print(f"{time.monotonic() - begin:5.1f} s {kind}: {found['outcome']}", flush=True)
         return found
+
+
+def with_runs(found: dict[str, Any]) -> dict[str, Any]:
+    """The row of a type that works, with the whole runs of it."""
+    kind = found["type"]
+    wanted = FORMATS if kind in EXPORTED.split() else {"gguf": FORMATS["gguf"]}
+    wanted = {n: words for n, words in wanted.items() if n not in found["formats"]}
+    with tempfile.TemporaryDirectory() as directory:
+        begin = time.monotonic()
+        reference_model(kind, Path(directory) / "base")
+        runs = try_runs(Path(directory) / "base", Path(directory) / "runs", wanted)
+        print(f"{time.monotonic() - begin:5.1f} s runs of {kind}: {runs}", flush=True)
+    return {**found, "runs": runs}
 
 
 def float32_classes() -> list[dict[str, Any]]:
@@ -332,8 +402,9 @@ def as_markdown(types: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
         "",
         ", ".join(f"{outcome}: {count}" for outcome, count in counts.items()),
         "",
-        "| type | outcome | logits off | packing | LoRA factors | without gradient | message |",
-        "|---|---|---|---|---|---|---|",
+        "| type | outcome | logits off | packing | LoRA factors | without gradient | 2 ranks | "
+        "merge | exports | message |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for t in sorted(types, key=lambda t: (OUTCOMES.index(t["outcome"]), t["type"])):
         without = ", ".join(t.get("without_gradient", ()))
@@ -345,6 +416,13 @@ def as_markdown(types: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
             t.get("packing", ""),
             str(t.get("factors", "")),
             without if len(without) < 200 else f"{without[:200]} ...",
+            format_error(t.get("runs", {}).get("ranks")),
+            format_error(t.get("runs", {}).get("merge")),
+            ", ".join(
+                f"{name}: {format_error(error)}"
+                for name, error in t.get("runs", {}).items()
+                if name in FORMATS
+            ),
             t.get("message", "").replace("|", "\\|"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -359,15 +437,23 @@ def as_markdown(types: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def format_error(error: float | str | None) -> str:
+    """A figure of ``family_runs.try_runs``, or its message."""
+    if error is None:
+        return ""
+    return error.replace("|", "\\|") if isinstance(error, str) else f"{error:.1e}"
+
+
 OUTCOMES = ("works", "refused", "crashes", "wrong", "not tried")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("--only", nargs="+", default=list_types())
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=90, help="seconds a type")
     parser.add_argument("--resume", action="store_true", help="of a run that was ended")
+    parser.add_argument("--no-runs", dest="runs", action="store_false", help="no whole runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:  # what is imported now is not imported again
@@ -375,14 +461,31 @@ def main() -> None:
     partial = args.out / "families.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     lines = partial.read_text().splitlines() if args.resume and partial.exists() else []
-    types = [t for t in map(json.loads, lines) if t["type"] in args.only]
-    left = [kind for kind in args.only if kind not in {t["type"] for t in types}]
+    rows = {row["type"]: row for row in map(json.loads, lines) if row["type"] in args.only}
+    left = [kind for kind in args.only if kind not in rows]
+    first = {kind: number for number, kind in enumerate(EXPORTED.split())}
     with ThreadPoolExecutor(args.jobs) as pool, partial.open("a" if lines else "w") as file:
-        for found in pool.map(lambda kind: with_limit(kind, args.limit), left):
-            types.append(found)
+
+        def keep(found: dict[str, Any]) -> None:
+            rows[found["type"]] = found
             print(json.dumps(found), file=file, flush=True)
+
+        for found in pool.map(lambda kind: with_limit(kind, args.limit), left):
+            keep(found)
+        runs = [row for row in rows.values() if row["outcome"] == "works" and "runs" not in row]
+        runs.sort(key=lambda row: (first.get(row["type"], len(first)), row["type"]))
+        for found in pool.map(with_runs, runs if args.runs else []):
+            keep(found)
     partial.unlink()
-    types.sort(key=lambda t: args.only.index(t["type"]))
+    types = list(rows.values())
+    if (before := args.out / "families.json").is_file():  # of other types
+        done = {t["type"] for t in types}
+        earlier = json.loads(before.read_text())["result"]["types"]
+        runs = {t["type"]: t["runs"] for t in earlier if "runs" in t}
+        for t in types if not args.runs else ():  # those of an earlier time stay
+            t |= {"runs": t.get("runs") or runs[t["type"]]} if t["type"] in runs else {}
+        types += [t for t in earlier if t["type"] not in done and t["type"] in list_types()]
+    types.sort(key=lambda t: t["type"])
     kept = float32_classes()
     write_result("families", {"types": types, "kept_in_float32": kept}, args.out)
     (args.out / "families.md").write_text(as_markdown(types, kept))

@@ -3,7 +3,8 @@
 The embedding and the head are the largest; tied, they are one unit with two modules, gathered for
 each of them. Per-layer embeddings, projections and whatever else of a megabyte or more is frozen is
 a unit of its own as well (``model.parameter_readers`` says of which modules). The rest, norms
-mostly, stays with the root: a gather of its own would cost more than its bytes.
+mostly, stays with the root: a gather of its own would cost more than its bytes. So does an
+embedding that the model's own code reads (Gemma 4: the row of the padding token).
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from dist_peft.engine.mesh import list_end_modules
-from dist_peft.model.parameter_readers import find_readers
+from dist_peft.model.parameter_readers import find_readers, is_read_by_root
 
 __all__ = ["MIN_UNIT_BYTES", "OuterUnit", "list_outer_units"]
 
@@ -42,7 +43,9 @@ def list_outer_units(model: nn.Module) -> list[OuterUnit]:
                 continue
             seen.add(id(parameter))
             readers = find_readers(owner, name)
-            if readers is None:  # no forward has told: embedding and head are called as any module
+            if readers is None and not is_read_by_root(
+                owner, name
+            ):  # no forward has told: embedding and head are called as any module
                 holders = [m for m in ends if any(p is parameter for p in m._parameters.values())]
                 readers = tuple(holders)
             if readers:

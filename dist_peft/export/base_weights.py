@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.model.expert_names import list_expert_names
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
@@ -14,7 +16,7 @@ from dist_peft.model.skeleton import Skeleton
 from dist_peft.quant.codec import Codec
 from dist_peft.store.format import TensorSpec
 
-__all__ = ["BaseWeight", "list_base_weights", "name_by_modules"]
+__all__ = ["BaseWeight", "list_base_weights", "name_by_modules", "split_stacks"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class BaseWeight:
             the trunk was saved without its head.
         first: row of ``linear`` that corresponds to row 0 of the tensor.
         wide: output type of a tensor that must not be rounded to 16 bits; None: the format's type.
+        is_part: it is one expert's part of a tensor that has all of them (``split_stacks``).
     """
 
     info: TensorSpec
@@ -38,6 +41,7 @@ class BaseWeight:
     written: str
     first: int = 0
     wide: torch.dtype | None = None
+    is_part: bool = False
 
     @property
     def name(self) -> str:
@@ -87,17 +91,19 @@ class BaseWeight:
         """Return the number of the expert and the name of the projection, such as ``gate_proj``,
         of a weight that belongs to one expert."""
         stack = self.linear
-        assert isinstance(stack, ExpertStack) and len(stack.pieces) >= stack.experts
+        assert isinstance(stack, ExpertStack)
+        assert self.is_part or len(stack.pieces) >= stack.experts
         expert, row = divmod(self.first, stack.out_features)
         name = self.module_path.rpartition(".")[2]
-        if len(stack.pieces) == 2 * stack.experts:
+        if self.num_rows < stack.out_features:
             name = "up_proj" if row else "gate_proj"
         return expert, name
 
     @property
     def is_transposed(self) -> bool:
         """Whether rows of ``linear`` are columns of the tensor."""
-        return isinstance(self.linear, ExpertStack) and self.linear.is_transposed
+        stack = self.linear
+        return isinstance(stack, ExpertStack) and stack.is_transposed and not self.is_part
 
     def to_stored_shape(self, rows: Tensor) -> Tensor:
         """Rows of ``linear`` ``[n, in]`` -> rows of the tensor as it is written."""
@@ -128,6 +134,32 @@ def list_base_weights(skeleton: Skeleton) -> list[BaseWeight]:
         written = skeleton.renamed.get(name, f"{trunk}{name}" if headless else name)
         wide = skeleton.wide.get(name)
         found.append(BaseWeight(info, path, linear, written, first.get(name, 0), wide))
+    return found
+
+
+def split_stacks(weights: Sequence[BaseWeight], skeleton: Skeleton) -> list[BaseWeight]:
+    """Return the weights with a tensor of all experts in parts, one for each expert and projection,
+    under the names that ``transformers`` gives them in files.
+
+    Raises:
+        UserError: ``transformers`` has no names of single experts for the model.
+    """
+    found: list[BaseWeight] = []
+    for weight in weights:
+        stack = weight.linear
+        if not isinstance(stack, ExpertStack) or len(stack.pieces) >= stack.experts:
+            found.append(weight)
+            continue
+        full = weight.module_path
+        pieces = list_expert_names(skeleton.model, full, stack.experts, stack.out_features)
+        if pieces is None:
+            raise UserError(
+                f"{skeleton.index.path} has the experts stacked, and transformers has no names of "
+                f"single experts for {type(skeleton.model).__name__}, which readers want"
+            )
+        for name, span in pieces:
+            spec = TensorSpec(name, weight.info.dtype, (len(span), stack.in_features))
+            found.append(replace(weight, info=spec, written=name, first=span.start, is_part=True))
     return found
 
 

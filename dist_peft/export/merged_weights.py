@@ -23,7 +23,7 @@ absent from the files: the adapter stores them in full.
 import logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight, list_base_weights
 from dist_peft.model.base_hashes import build_row_hashes
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.affine import AffineParts, dequantize_affine_parts
@@ -88,10 +89,13 @@ class MergedWeights:
     Attributes:
         chunk_bytes: most bytes of a chunk of rows in float32.
         weights: every tensor of the base, in the order of its files.
+        rescale: changes merged rows, given their path and first row; None: nothing does.
 
     Raises:
         UserError: the adapter lacks a parameter of the head, or a shape does not fit the base.
     """
+
+    rescale: Callable[[str, Tensor, int], Tensor] | None = None
 
     def __init__(
         self,
@@ -176,7 +180,12 @@ class MergedWeights:
         yield from Span(0, weight.num_rows).split_into_chunks(rows)
 
     def read_merged_rows(self, weight: BaseWeight, span: Span) -> Tensor:
-        """Return rows as numbers: float32 where the state changes them, else the file's type."""
+        """Return rows as numbers: float32 where the state changes them, else the file's type; with
+        ``rescale``, as it changes them."""
+        rows = self._read_merged_rows(weight, span)
+        return rows if self.rescale is None else self.rescale(weight.path, rows, span.start)
+
+    def _read_merged_rows(self, weight: BaseWeight, span: Span) -> Tensor:
         linear = weight.linear
         if self.state in _PACKED_STATES and self._has_affine_parts(weight):
             return dequantize_affine_parts(self.read_affine_parts(weight, span), weight.num_columns)
@@ -190,7 +199,7 @@ class MergedWeights:
             assert linear is not None
             packed = self.read_packed_rows(weight, span)
             rows = linear.codec.dequantize_rows(packed, linear.in_features, torch.float32)
-        elif weight.is_transposed:
+        elif weight.is_transposed or weight.is_part:
             assert linear is not None
             own = weight.span_in_linear(span)
             rows = linear.read_packed_rows(self._choose_reader(weight), own)
@@ -256,8 +265,10 @@ class MergedWeights:
     def _choose_reader(self, weight: BaseWeight) -> RowReader:
         """Return the reader of a weight's rows; of a packed one, which the files may have
         transposed, a reader that keeps it until this thread comes to the next."""
-        packed = weight.linear is not None and weight.linear.stored is not None
-        if not (packed or weight.is_transposed):
+        linear = weight.linear
+        packed = linear is not None and linear.stored is not None
+        turned = isinstance(linear, ExpertStack) and linear.is_transposed
+        if not (packed or turned):
             return self._reader
         if getattr(self._holding, "name", None) != weight.name:
             self._holding.name, self._holding.reader = weight.name, HoldingReader(self._reader)

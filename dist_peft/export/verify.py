@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -27,6 +26,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.model.hub import read_json_object
+from dist_peft.model.model_class import choose_auto_class
 from dist_peft.store.writer import write_atomically
 
 __all__ = [
@@ -264,12 +264,9 @@ def _load_directory(
 
 
 def choose_model_class(directory: Path) -> Any:
-    """Return the class of ``transformers`` that loads ``directory``: a classifier's if its
-    ``config.json`` names one, else a language model's."""
+    """Return the class of ``transformers`` that loads ``directory``, by its ``config.json``."""
     file = directory / "config.json"
-    names = (read_json_object(file).get("architectures") if file.is_file() else None) or [""]
-    classifies = str(names[0]).endswith("ForSequenceClassification")
-    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    return choose_auto_class(read_json_object(file) if file.is_file() else {})
 
 
 def check_generation(model: Any, ids: Tensor) -> None:
@@ -301,7 +298,7 @@ def check_generation(model: Any, ids: Tensor) -> None:
 def generate_greedy(directory: Path, prompts: list[str], max_new_tokens: int = 60) -> list[str]:
     """Return greedy continuations of ``prompts`` by plain ``transformers``."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = choose_model_class(directory).from_pretrained(directory, dtype=torch.float32).eval()
     texts = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.base_rows import iterate_base_rows
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison, Probe, compare_logits
+from dist_peft.model.model_class import choose_auto_class
 from dist_peft.model.skeleton import parse_torch_dtype
 
 __all__ = [
@@ -149,7 +150,7 @@ def _build_plain_model(base: BaseConfig, directory: Path, labels: Any) -> nn.Mod
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    auto: Any = AutoModelForCausalLM
+    auto = choose_auto_class({**config.to_dict(), "architectures": None})
     if labels:
         auto, config.num_labels = AutoModelForSequenceClassification, len(labels)
     dtype = parse_torch_dtype(base.compute_dtype)

@@ -46,11 +46,15 @@ def run_plain_transformers(
     from importlib.metadata import version
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    named = json.loads((model / "config.json").read_text()).get("architectures") or [""]
+    described = json.loads((model / "config.json").read_text())
+    named = described.get("architectures") or [""]
     classifies = named[0].endswith("ForSequenceClassification")
-    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    wraps = described.get("model_type") not in CAUSAL and not described.get("auto_map")
+    name = "AutoModelForImageTextToText" if wraps else "AutoModelForCausalLM"
+    auto: Any = getattr(transformers, "AutoModelForSequenceClassification" if classifies else name)
     loaded = auto.from_pretrained(model, device_map="cpu", dtype=getattr(torch, dtype)).eval()
     name = ", ".join(f"{package} {version(package)}" for package in packages)
     if (model / "adapter").is_dir():

@@ -29,6 +29,16 @@ _DECLARATION = "transformers.integrations.moe"
 _LATENT = ("fc1_latent_proj", "fc2_latent_proj")
 """Nemotron-H's siblings of experts that change the size of tokens."""
 
+_OWN_PRODUCTS = {
+    "DbrxExpertGLU": "which multiply by w2 transposed, and have gate and up in tensors of their "
+    "own, w1 and v1",
+    "JetMoeParallelExperts": "which are of attention too, a single product each, called by the "
+    "number of tokens of each expert",
+    "LongcatFlashExperts": "of which some have no weights and return their input, while "
+    "gate_up_proj has rows for them",
+}
+"""Class of experts without a declaration -> how they differ from those that are read."""
+
 _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 
 
@@ -118,7 +128,8 @@ def _explain_unsupported_experts(module: Any) -> str | None:
     """Return why ``FrozenExperts`` cannot replace ``module``; None if it can."""
     own = {name: tuple(p.shape) for name, p in module.named_parameters()}
     if (kind := describe_experts(module)) is None:
-        return "whose products transformers does not declare"
+        unknown = "whose products transformers does not declare"
+        return _OWN_PRODUCTS.get(type(module).__name__, unknown)
     if getattr(module, "has_post_expert_norm", False):
         return "which have a norm of their own"
     biases = tuple(f"{n}_bias" for n in kind.names) if getattr(module, "has_bias", False) else ()

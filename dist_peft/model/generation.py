@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.core.errors import UserError
@@ -34,6 +34,7 @@ from dist_peft.model.hub import (
     read_json_object,
     refuse_hub_kernels,
 )
+from dist_peft.model.model_class import choose_auto_class, is_classifier
 
 __all__ = [
     "Sampling",
@@ -206,7 +207,7 @@ def load_plain_model(path: Path, device: torch.device, *, trust_remote_code: boo
         UserError: ``transformers`` cannot load it.
     """
     options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
-    directory = path
+    directory, auto = path, choose_auto_class({})
     if path.suffix == ".gguf":
         options["gguf_file"], directory = path.name, path.parent
     else:
@@ -215,12 +216,12 @@ def load_plain_model(path: Path, device: torch.device, *, trust_remote_code: boo
         described = read_json_object(file)
         if not trust_remote_code:
             refuse_hub_kernels(described, file)
-        kinds = described.get("architectures") or [""]
-        if str(kinds[0]).endswith("ForSequenceClassification"):
+        auto = choose_auto_class(described)
+        if is_classifier(described):
             raise UserError(f"{path} is a classifier, which generates no text")
     disable_progress_bar()  # the answer follows
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, **options)
+        model: Any = auto.from_pretrained(directory, **options)
         if (path / "adapter").is_dir():
             model.load_adapter(str(path / "adapter"))
     except (*REFUSALS, RuntimeError) as error:

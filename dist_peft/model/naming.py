@@ -29,6 +29,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
 from dist_peft.model.expert_kinds import describe_experts
 from dist_peft.model.experts import Pieces, StackPiece
+from dist_peft.model.joined_weights import split_joined_weights
 from dist_peft.model.prequantized.base import PrequantizedBase
 from dist_peft.model.tensor_renaming import rename_tensor
 from dist_peft.model.tied_weights import list_tied_names, untie_different_weights
@@ -84,6 +85,7 @@ def find_tensor_names(
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     tensors: Mapping[str, TensorInfo | None] = index.tensors if packed is None else packed.tensors
     in_files = _rename_tensors(tensors, renamings, model)
+    in_files |= split_joined_weights(model, in_files, tensors, rules)
     stacks, absent = _find_expert_stacks(model, index, tensors, in_files, rules, experts)
     prefix = model.base_model_prefix + "."
 

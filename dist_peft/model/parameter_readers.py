@@ -36,13 +36,15 @@ __all__ = [
     "ReaderWatch",
     "find_readers",
     "is_never_read",
+    "is_read_by_root",
     "list_unread_parameters",
     "mark_readers",
     "refuse_forward",
 ]
 
-FoundReaders = Mapping[tuple[str, str], tuple[str, ...]]
-"""Path of a module and name of its parameter -> paths of its readers."""
+FoundReaders = Mapping[tuple[str, str], tuple[str, ...] | None]
+"""Path of a module and name of its parameter -> paths of its readers; None: the model's own code
+or a block reads it."""
 
 
 class ReaderWatch:
@@ -52,8 +54,8 @@ class ReaderWatch:
         blocks: of the model; their own parameters, and whatever they read of others, do not matter.
 
     Attributes:
-        found: the readers, after ``watch_forward``, of parameters outside of the blocks that have
-            readers or are not read.
+        found: the readers, after ``watch_forward``, of parameters outside of the blocks that are
+            read, or are not read and of no module that is called.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
@@ -99,11 +101,13 @@ class _ReaderMode(TorchDispatchMode):
         self._readers: dict[int, set[nn.Module | None]] = {key: set() for key in self._owners}
 
     def find_readers(self) -> FoundReaders:
-        found = {}
+        found: dict[tuple[str, str], tuple[str, ...] | None] = {}
         for key, owners in self._owners.items():
             readers = self._readers[key]
             is_called = any(self._paths_to_modules[path] in self._called for path, _ in owners)
-            if None not in readers and (readers or not is_called):
+            if None in readers:
+                found.update(dict.fromkeys(owners))
+            elif readers or not is_called:
                 paths = tuple(sorted(self._paths[m] for m in readers if m is not None))
                 found.update(dict.fromkeys(owners, paths))
         return found
@@ -157,13 +161,20 @@ def mark_readers(model: nn.Module, found: FoundReaders) -> None:
     """Remember the readers with the modules that own the parameters."""
     for (path, name), readers in found.items():
         marks = vars(model.get_submodule(path)).setdefault("parameter_readers", {})
-        marks[name] = tuple(model.get_submodule(reader) for reader in readers)
+        marks[name] = None if readers is None else tuple(map(model.get_submodule, readers))
 
 
 def find_readers(owner: nn.Module, name: str) -> tuple[nn.Module, ...] | None:
     """Return the modules in whose forwards ``owner.name`` is read; None: not known, or others."""
     found: tuple[nn.Module, ...] | None = vars(owner).get("parameter_readers", {}).get(name)
     return found
+
+
+def is_read_by_root(owner: nn.Module, name: str) -> bool:
+    """Return whether a forward has shown that the model's own code, or a block, reads
+    ``owner.name``."""
+    marks = vars(owner).get("parameter_readers", {})
+    return name in marks and marks[name] is None
 
 
 def is_never_read(owner: nn.Module, name: str) -> bool:

@@ -47,14 +47,16 @@ from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.gptq_factors import use_gptq_factors
 from dist_peft.model.hub import REFUSALS, format_library_error, read_json_object, refuse_hub_kernels
-from dist_peft.model.meta_device import EmptyOnMeta
+from dist_peft.model.model_class import build_on_meta
 from dist_peft.model.naming import find_tensor_names
+from dist_peft.model.parameter_readers import is_never_read
 from dist_peft.model.prequantized.base import (
     PrequantizedBase,
     check_stated_quant,
     open_prequantized,
 )
 from dist_peft.model.rotary import set_rotary_by_document
+from dist_peft.model.text_model import find_text_model, make_tower_predicate
 from dist_peft.model.tied_weights import read_untied_config_keys
 from dist_peft.model.weight_probe import find_externally_read_linears, refuse_unsupported_blocks
 from dist_peft.quant.codec import RawCodec, make_codec
@@ -131,10 +133,6 @@ def parse_torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _never_missing(name: str) -> bool:
-    return False
-
-
 def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()) -> Skeleton:
     """Build the model of ``directory`` without weights.
 
@@ -156,12 +154,14 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
         classifier.set_label_config(config, labels)
     else:
         classifier.refuse_encoder(config, base.path)
-    model = _build_on_meta(config, base, dtype)
+    model = build_on_meta(config, base, dtype)
     set_parameter_dtypes(model, dtype)
     blocks = find_decoder_blocks(model)
     refuse_unsupported_blocks(model, blocks, base.path)
     may_lack = (
-        _never_missing if base.head == "lm" else classifier.make_may_be_missing(model, blocks)
+        make_tower_predicate(model)
+        if base.head == "lm"
+        else classifier.make_may_be_missing(model, blocks)
     )
     experts = find_expert_modules(blocks)
     names = find_tensor_names(model, index, packed, experts, may_lack)
@@ -192,6 +192,7 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
             if not isinstance(module, FrozenWeight) and parameter.device.type != "meta":
                 meta = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
                 module.register_parameter(name, meta)
+    model.requires_grad_(False)
     tensors = _select_used_tensors(model, names.tensors, index, packed)
     wide = find_wider_dtypes(model, names.tensors, tensors, dtype)
     if head is not None:
@@ -203,7 +204,6 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     set_rotary_by_document(model)
     if base.head == "lm" and base.attention == "auto":
         _use_document_attention(model, blocks)
-    model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
     settings = {} if tied else _untied_config_keys(model, directory)
     return Skeleton(
@@ -240,31 +240,13 @@ def _read_model_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
     return config
 
 
-def _build_on_meta(
-    config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    try:
-        with EmptyOnMeta():
-            return classifier.MODELS[base.head].from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=None if base.attention == "auto" else base.attention,
-                trust_remote_code=base.trust_remote_code,
-            )
-    except (*REFUSALS, RuntimeError) as error:
-        raise UserError(
-            f"transformers cannot build a {classifier.KINDS[base.head]} of type "
-            f"{config.model_type!r} "
-            f"with base.attention={base.attention!r}: {format_library_error(error)}"
-        ) from None
-
-
 def find_decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the decoder layers: the longest ``ModuleList`` of modules of one class, or of layers.
 
-    Layers are of several classes in Jamba and OLMo-Hybrid.
+    Layers are of several classes in Jamba and OLMo-Hybrid. Where a model has a text model and
+    towers, they are the text model's.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [m for m in find_text_model(model).modules() if isinstance(m, nn.ModuleList) and len(m)]
     uniform = [
         m
         for m in lists
@@ -343,7 +325,8 @@ def _refuse_unnamed_linears(model: PreTrainedModel, path: str) -> None:
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             packed = isinstance(module, FrozenWeight) and name == "packed"
-            if id(parameter) not in seen and not packed and name not in module.checkpoint_names:
+            unnamed = not packed and name not in module.checkpoint_names
+            if id(parameter) not in seen and unnamed and not is_never_read(module, name):
                 raise UserError(
                     f"base.path {path} of type {model.config.model_type!r} is not supported: "
                     f"{owner}.{name} has no tensor of its own in the files, and the parameter it "
@@ -373,7 +356,7 @@ def _attach_tensor_names(
                 own[name] = names[full]
             elif packs:  # perhaps tied to another
                 others.append((full, module))
-            elif isinstance(module, FrozenLinear):
+            elif isinstance(module, FrozenLinear) and not is_never_read(module, name):
                 raise _no_tensor_error(full, index)
             if packs and name in own:
                 sources[id(parameter)] = module.source = own[name]
@@ -389,9 +372,10 @@ def _attach_tensor_names(
                 )
         module.checkpoint_names = own
     for full, frozen in others:
-        if id(frozen.packed) not in sources:
+        if id(frozen.packed) in sources:
+            frozen.source = sources[id(frozen.packed)]
+        elif not is_never_read(frozen, "packed"):
             raise _no_tensor_error(full, index)
-        frozen.source = sources[id(frozen.packed)]
 
 
 def _no_tensor_error(name: str, index: SafetensorsIndex) -> UserError:

@@ -40,6 +40,13 @@ def test_units_of_a_model() -> None:
     assert list_outer_units(model) == []
 
 
+def test_an_embedding_that_the_code_of_the_model_reads_stays_with_the_root() -> None:
+    model = Model()
+    vars(model.embedding)["parameter_readers"] = {"weight": None}
+    (head,) = list_outer_units(model)
+    assert head.modules == (model.head,)
+
+
 def test_large_ones_are_units_of_their_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     marks = vars(model).setdefault("parameter_readers", {})

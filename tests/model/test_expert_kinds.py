@@ -64,5 +64,5 @@ def test_kinds_of_experts() -> None:
     assert describe_experts(module) == ExpertKind(("up_proj", "down_proj"))
     (module,) = experts_of(tf.Llama4TextConfig(**_SMALL, num_local_experts=3, head_dim=8))
     assert describe_experts(module) == ExpertKind(is_transposed=True, has_scaled_inputs=True)
-    with pytest.raises(UserError, match=r"class JetMoeParallelExperts, whose products transform"):
+    with pytest.raises(UserError, match=r"class JetMoeParallelExperts, which are of attention too"):
         experts_of(tf.JetMoeConfig(**_SMALL, num_local_experts=3, kv_channels=8))

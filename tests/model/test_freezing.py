@@ -1,6 +1,7 @@
 """Which linears are packed, and a base of which nothing is."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,8 +12,17 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.freezing import compute_packed_share, freeze_embeddings, is_plain_linear
+from dist_peft.core.span import Span
+from dist_peft.model.experts import StackPiece
+from dist_peft.model.freezing import (
+    _open_packed_pieces,
+    compute_packed_share,
+    freeze_embeddings,
+    is_plain_linear,
+)
+from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import make_codec
+from dist_peft.quant.ordered_columns import OrderedColumnsCodec
 from tests.support.loaded_models import IDS, load, logits
 from tests.support.tiny_models import CONFIGS, save_model
 
@@ -132,3 +142,19 @@ def test_a_head_whose_weight_code_reads_is_refused(
         with pytest.raises(UserError, match=r"base\.quant\.embeddings.*set it to false"):
             load(tmp_path, quant=QuantConfig(embeddings=True))
         load(tmp_path, quant=QuantConfig())
+
+
+def test_experts_in_act_order_are_refused_with_the_reason() -> None:
+    """Each expert has an order of its own, and a stack is decoded by one codec."""
+
+    class Packed:
+        format_label = "gptq"
+
+        def open_linear(self, name: str, rows: int, columns: int) -> Any:
+            order = torch.arange(32) if name == "first" else torch.arange(31, -1, -1)
+            codec = OrderedColumnsCodec.from_order(AffineCodec(4, 16), order)
+            return SimpleNamespace(codec=codec)
+
+    pieces = (StackPiece("first", Span(0, 8)), StackPiece("second", Span(8, 16)))
+    with pytest.raises(UserError, match=r"not all stored alike: .* \(act-order\), and a stack"):
+        _open_packed_pieces(Packed(), pieces, 32)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from dist_peft.model.parameter_readers import (
     ReaderWatch,
     find_readers,
     is_never_read,
+    is_read_by_root,
     list_unread_parameters,
     mark_readers,
     refuse_forward,
@@ -80,8 +81,12 @@ def test_readers_that_are_no_module(tmp_path: Path) -> None:
     assert {key: readers for key, readers in watch.found.items() if readers} == dict.fromkeys(
         inner, ("outer",)
     )
-    assert {key for key, readers in watch.found.items() if not readers} == unread
+    assert {key for key, readers in watch.found.items() if readers == ()} == unread
+    outside = {("", "gate"), ("scale", "weight"), ("shared", "weight"), ("shared", "bias")}
+    assert {key for key, readers in watch.found.items() if readers is None} == outside
     mark_readers(model, watch.found)
+    assert is_read_by_root(model, "gate") and is_read_by_root(model.shared, "weight")
+    assert not is_read_by_root(model, "mask") and not is_read_by_root(model.tower, "weight")
     assert find_readers(model.outer[0], "weight") == (model.outer,)
     assert find_readers(model, "gate") is None and find_readers(model, "mask") is None
     assert not is_never_read(model, "mask")  # loaded: with other inputs it may be read

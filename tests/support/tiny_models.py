@@ -205,3 +205,51 @@ CONVOLUTIONS: dict[str, tf.PretrainedConfig] = {
     ),
 }
 """Families with a short convolution over the row, which no mask stops."""
+
+_LINEAR_HEADS = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_JOINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo_hybrid": (
+        "OlmoHybridConfig",
+        {**_GROUPED, **_LINEAR_HEADS, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+}
+JOINED = {
+    name: getattr(tf, kind)(**settings)
+    for name, (kind, settings) in _JOINED.items()
+    if hasattr(tf, kind)
+}
+"""Families of which the files have one weight in several tensors, as far as they are known."""
+
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 14}
+_AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+WRAPPERS = Configurations(
+    {
+        "qwen2_5_vl": tf.Qwen2_5_VLConfig(
+            text_config={**_COMMON, "num_key_value_heads": 2, "rope_parameters": _AXES},
+            vision_config={
+                **_VISION,
+                "depth": 4,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+                "fullatt_block_indexes": [1],
+            },
+        ),
+        "mistral3": tf.Mistral3Config(
+            text_config={**_GROUPED, "model_type": "mistral"},
+            vision_config={
+                **_VISION,
+                "model_type": "pixtral",
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "head_dim": 16,
+                "image_size": 28,
+            },
+        ),
+    }
+)
+"""Text models with towers of more layers than they have, which are no causal language models."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.classifier_head.around_method import AroundMethod
 from dist_peft.adapters.classifier_head.discriminator import DomainDiscriminator
+from dist_peft.adapters.classifier_head.trained_module import TrainedModule
 from dist_peft.adapters.protocol import (
     Adapter,
     PublicAdapter,
@@ -34,7 +35,6 @@ from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.model.classifier import ClassifierHead
-from dist_peft.model.parameter_override import override_parameters
 
 __all__ = [
     "DiscriminatorSize",
@@ -70,37 +70,22 @@ class DiscriminatorSize:
     num_domains: int
 
 
-class HeadPart(nn.Module):
-    """A module of the head whose own parameters are trainable float32 masters.
-
-    They have the names that they have in the model. While ``base`` computes, rounded copies stand
-    in for the parameters that were taken from it.
+class HeadPart(TrainedModule):
+    """A module of the head.
 
     Args:
-        base: a module without parts; its parameters go.
-        path: of it.
+        base, path: see ``TrainedModule``.
         spec: settings that the parts share.
 
     Attributes:
-        shapes: of the parameters, by own name.
-        checkpoint_names: own name -> tensor of the base's files, for those that are there.
         discriminator: sees the input too; None: there is none.
     """
 
     discriminator: DomainDiscriminator | None
 
     def __init__(self, base: nn.Module, path: str, spec: HeadSpec) -> None:
-        super().__init__()
-        self.base, self.path, self.spec = base, path, spec
-        self.discriminator = None
-        self.checkpoint_names = cast(dict[str, str], base.checkpoint_names)
-        cast(Any, base).checkpoint_names = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in list(base.named_parameters(recurse=False)):
-            self.shapes[name] = tuple(parameter.shape)
-            master = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            self.register_parameter(name, nn.Parameter(master))
-            base.register_parameter(name, None)
+        super().__init__(base, path)
+        self.spec, self.discriminator = spec, None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of ``base`` in the type of ``x``."""
@@ -108,9 +93,7 @@ class HeadPart(nn.Module):
             # of the call, not in it: ZeRO-3 gathers before the gradient of what a call returns
             self.discriminator.logits = self.discriminator(x)
         dtype = self.spec.arithmetic
-        copies = {name: getattr(self, name).to(dtype) for name in self.shapes}
-        with override_parameters(self.base, copies):
-            y: Tensor = self.base(x.to(dtype))
+        y: Tensor = self.compute_rounded(dtype, x.to(dtype))
         return y.to(x.dtype)
 
     def init_rows(self, name: str, span: Span) -> Tensor:

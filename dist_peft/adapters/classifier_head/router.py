@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.classifier_head.around_method import AroundMethod
+from dist_peft.adapters.classifier_head.trained_module import TrainedModule
 from dist_peft.adapters.protocol import (
     Adapter,
     PublicAdapter,
@@ -29,7 +29,6 @@ from dist_peft.adapters.protocol import (
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.experts import FrozenExperts
-from dist_peft.model.parameter_override import override_parameters
 
 __all__ = ["RouterAdapter", "RouterLoss", "RouterPart", "find_routers"]
 
@@ -65,32 +64,21 @@ class RouterLoss:
         return self.function(tuple(logits), self.experts, self.chosen, mask)
 
 
-class RouterPart(nn.Module):
-    """A router whose own parameters are trainable float32 masters.
+class RouterPart(TrainedModule):
+    """A router.
 
     Args:
-        base: the router; its parameters go.
-        path: of it.
+        base, path: see ``TrainedModule``.
         loss: shared by the routers of a model.
     """
 
     def __init__(self, base: nn.Module, path: str, loss: RouterLoss) -> None:
-        super().__init__()
-        self.base, self.path, self.loss = base, path, loss
-        self.checkpoint_names = cast(dict[str, str], base.checkpoint_names)
-        cast(Any, base).checkpoint_names = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in list(base.named_parameters(recurse=False)):
-            self.shapes[name] = tuple(parameter.shape)
-            master = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            self.register_parameter(name, nn.Parameter(master))
-            base.register_parameter(name, None)
+        super().__init__(base, path)
+        self.loss = loss
 
     def forward(self, hidden: Tensor, *others: Any, **keywords: Any) -> Any:
         """Return the outputs of ``base``."""
-        copies = {name: getattr(self, name).to(hidden.dtype) for name in self.shapes}
-        with override_parameters(self.base, copies):
-            outputs = self.base(hidden, *others, **keywords)
+        outputs = self.compute_rounded(hidden.dtype, hidden, *others, **keywords)
         if self.loss.logits is not None:
             self.loss.logits.append(outputs[0])
         return outputs

@@ -6,14 +6,16 @@ the neighbouring outputs 0 2 4 6 1 3 5 7::
     qweight [in, out / 8]    qzeros [in / g, out / 8]    int32
     scales  [in / g, out]                                float16
 
-``model.prequantized.integer.AwqFormat`` reads it. Merged rows are rounded to nearest in groups;
-AWQ's search for factors of the columns (Lin et al. 2023), which needs activations of sample texts,
-is not made: the layout is AWQ's, the codes are those of plain rounding. Runs with a separate
-adapter have ``gptq`` and ``compressed-tensors``.
+``model.prequantized.integer.AwqFormat`` reads it. Merged rows are rounded to nearest in groups,
+with ``--calibration`` after AWQ's search for factors of the columns (Lin et al. 2023;
+``awq_search``). Runs with a separate adapter have ``gptq`` and ``compressed-tensors``.
 """
 
+import tempfile
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +24,8 @@ from dist_peft.adapters.export_limits import ExportContent
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
-from dist_peft.export.formats.export_format import GROUP_SIZE, PlannedExport
+from dist_peft.export.formats.awq_calibration import CalibratedFactors, search_model_factors
+from dist_peft.export.formats.export_format import GROUP_SIZE, ExportOption, PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.gptq_consumer import (
     GPTQ_EXPERTS,
@@ -35,6 +38,7 @@ from dist_peft.export.formats.integer_zero import (
     IntegerZeroPacker,
     quantize_integer_zeros,
 )
+from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.export.verify import Comparison
@@ -103,13 +107,21 @@ class AwqPacker(IntegerZeroPacker):
         return {"quantization_config": how}
 
 
+CALIBRATION = ExportOption(
+    "calibration",
+    "text file (.txt, or .jsonl with a text a line) for AWQ's search of factors; default: none, "
+    "plain rounding",
+    {"type": Path},
+)
+
+
 class AwqExport(IntegerZeroExport):
     """AWQ, in the layout gemm."""
 
     name = "awq"
     keeps = "merged, rounded to 4 bits; codes that were trained through the quantizer"
     loads_with = "transformers with gptqmodel"
-    options = (GROUP_SIZE,)
+    options = (GROUP_SIZE, CALIBRATION)
     consumer = GPTQ_TRANSFORMERS
     experts = GPTQ_EXPERTS
 
@@ -135,13 +147,43 @@ class AwqExport(IntegerZeroExport):
                     "through the quantizer are others: choose the format of the base's kind, or "
                     "hf-bf16"
                 )
+            if job.options.get(CALIBRATION.key) is not None:
+                raise UserError(
+                    "--calibration searches factors before weights are rounded, and this run "
+                    "trained its codes; leave it out"
+                )
             how = f"the trained codes, {_BITS} bits in groups of {codec.group_size}"
             packer = AwqPacker(codec, torch.float16)
             return self.write_directory(job, "trained", packer, how, exact=True)
         group = job.options.get(GROUP_SIZE.key) or (own.group_size if own else _GROUP)
         codec = AffineCodec(_BITS, int(group))
-        how = f"merged, rounded to nearest: {_BITS} bits in groups of {codec.group_size}"
-        return self.write_directory(job, job.rows_state, AwqPacker(codec, torch.float16), how)
+        size = f"{_BITS} bits in groups of {codec.group_size}"
+        packer = AwqPacker(codec, torch.float16)
+        if (file := job.options.get(CALIBRATION.key)) is None:
+            how = f"merged, rounded to nearest: {size}"
+            return self.write_directory(job, job.rows_state, packer, how)
+        found = self._search_factors(job, file, codec)
+        how = f"merged, AWQ's factors: {size}; {found.describe()}"
+        scaled = replace(job, rescale=found.scale_rows)
+        return self.write_directory(scaled, job.rows_state, packer, how)
+
+    def _search_factors(self, job: ExportSpec, file: Path, codec: AffineCodec) -> CalibratedFactors:
+        """Search on the merged model, which is written next to the output for that time."""
+        job.check_output()
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=".awq-") as scratch:
+            merged = Path(scratch) / "merged"
+            into: Literal["original", "decoded"] = "decoded" if job.pooled else job.into
+            merge_model(
+                job.base,
+                job.directory,
+                job.adapter_dir,
+                merged,
+                into=into,
+                dtype=job.compute_dtype,
+                chunk_bytes=job.chunk_bytes,
+            )
+            return search_model_factors(job, merged, file, codec)
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
         return verify_with_gptqmodel(request)

@@ -1,21 +1,24 @@
 """The form of a mixture's experts in a packed export: packed, dense, or none that a reader loads.
 
 Readers of packed formats know the weights of experts by the names of published files, a tensor for
-each expert and projection. ``transformers`` stacks them while it loads (compressed-tensors, metal),
-as mlx-lm does; gptqmodel makes each expert three linears under names of its own; bitsandbytes
-replaces linears, and ``transformers`` has no linears for experts: they stay dense.
+each expert and projection; a base that has them stacked is written under these names.
+``transformers`` stacks them while it loads (compressed-tensors, metal), as mlx-lm does; gptqmodel
+makes each expert three linears under names of its own; bitsandbytes replaces linears, and
+``transformers`` has no linears for experts: they stay dense.
 """
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.export.base_weights import name_by_modules
+from dist_peft.export.base_weights import name_by_modules, split_stacks
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import WeightPacker
+from dist_peft.model.expert_names import list_expert_names
 from dist_peft.model.experts import ExpertStack
 
 __all__ = ["ExpertLayout"]
@@ -23,8 +26,8 @@ __all__ = ["ExpertLayout"]
 log = logging.getLogger("dist_peft")
 
 _STACKED = (
-    "the base's files have the experts stacked, and readers of this format know single experts; "
-    "write the base with transformers' save_pretrained first, which gives each its tensors"
+    "the base's files have the experts stacked, and transformers has no names of single experts "
+    "for this model, which readers of this format want"
 )
 
 
@@ -59,8 +62,7 @@ class ExpertLayout:
         stacks = [module for module in model.modules() if isinstance(module, ExpertStack)]
         if not stacks:
             return None
-        separate_files = all(len(stack.pieces) >= stack.experts for stack in stacks)
-        if self.packed and not self.stacked and not separate_files:
+        if self.packed and not self.stacked and not _can_be_separate(model):
             return _STACKED
         if separate and self.separate_limit:
             return self.separate_limit
@@ -85,6 +87,9 @@ class ExpertLayout:
                 "ones; mlx and gguf pack them",
                 extra=ONCE,
             )
+        if self.packed and not self.stacked:
+            walk.weights = split_stacks(walk.weights, walk.skeleton)
+            experts = [weight for weight in walk.weights if weight.is_expert]
         for weight in experts if self.packed else ():
             if not (walk.is_packable(weight) and packer.can_pack(weight)):
                 raise UserError(
@@ -94,3 +99,13 @@ class ExpertLayout:
                 )
         if self.by_modules:
             walk.weights = name_by_modules(walk.weights)
+
+
+def _can_be_separate(model: Any) -> bool:
+    """Return whether each expert is a tensor in the files, or has the name of one."""
+    return all(
+        len(stack.pieces) >= stack.experts
+        or list_expert_names(model, path, stack.experts, stack.out_features) is not None
+        for path, stack in model.named_modules()
+        if isinstance(stack, ExpertStack)
+    )

@@ -1,12 +1,13 @@
 """The arguments and the result of a format's writer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
@@ -36,6 +37,7 @@ class ExportSpec:
             an absent one is not set.
         chunk_bytes: size of a chunk of rows in float32.
         overwrite: replace an export that is in ``out``.
+        rescale: see ``MergedWeights``.
     """
 
     base: BaseConfig
@@ -48,6 +50,7 @@ class ExportSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     chunk_bytes: int = CHUNK_BYTES
     overwrite: bool = False
+    rescale: Callable[[str, Tensor, int], Tensor] | None = None
 
     def check_output(self) -> None:
         """Check that directory ``out`` may be written; raises UserError if not."""
@@ -95,6 +98,7 @@ class ExportSpec:
         with open_merged_weights(
             self.base, self.directory, self.adapter_dir, state, self.chunk_bytes
         ) as walk:
+            walk.rescale = self.rescale
             yield walk
 
     def make_target_codec(self, group_size: int) -> AffineCodec:

@@ -166,7 +166,12 @@ def _find_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return keys of ``config.json`` under the names of transformers 4, which mlx-lm reads: a file
     that transformers 5 wrote has ``rope_parameters`` and ``num_local_experts`` in their place."""
     rope = config.get("rope_parameters") or {}
-    found: dict[str, Any] = {}
+    keys = ("head_dim", "tie_word_embeddings")
+    found: dict[str, Any] = {key: config[key] for key in keys if config.get(key) is not None}
+    if "head_dim" not in found and "num_attention_heads" in config:
+        found["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if (turned := rope.get("partial_rotary_factor")) is not None:
+        found["partial_rotary_factor"] = turned
     if "rope_theta" in rope:
         found["rope_theta"] = rope["rope_theta"]
         scaled = rope.get("rope_type", "default") != "default"

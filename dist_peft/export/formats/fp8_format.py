@@ -19,7 +19,7 @@ Activations are not rounded by these settings on a CPU; kernels of GPUs round th
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,15 +31,13 @@ from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.formats.export_format import (
     GROUP_SIZE,
     ExportOption,
-    PackedExport,
     PlannedExport,
 )
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.formats.two_layouts import COMPRESSED_TENSORS, TwoLayoutsExport
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
-from dist_peft.export.verify import Comparison, compare_logits
-from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
-from dist_peft.model.hub import read_json_object
+from dist_peft.export.verify_formats import Consumer, TransformersConsumer
 from dist_peft.quant.codec import make_codec
 from dist_peft.quant.packed_rows import divide_exactly
 from dist_peft.store.writer import TensorSpec
@@ -147,13 +145,22 @@ class Fp8Packer:
         return {"quantization_config": how}
 
 
-class Fp8Export(PackedExport):
+_TILES = TransformersConsumer(
+    needs=("accelerate",), quantization=("FineGrainedFP8Config", {"dequantize": True})
+)
+
+
+class Fp8Export(TwoLayoutsExport):
     """FP8 with scales for tiles or rows."""
 
     name = "fp8"
     keeps = "merged, rounded to FP8; codes that were trained through the quantizer"
     loads_with = "transformers"
     options = (SCALES, GROUP_SIZE)
+    by_method: ClassVar[Mapping[str, Consumer]] = {
+        "fp8": _TILES,
+        "compressed-tensors": COMPRESSED_TENSORS,
+    }
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
         """Return ``merged``."""
@@ -178,26 +185,6 @@ class Fp8Export(PackedExport):
         packer = Fp8Packer(1, 0) if by_row else Fp8Packer(size, size)
         how = f"merged, rounded to nearest: {_describe_tile(packer)}"
         return self.write_directory(job, job.rows_state, packer, how)
-
-    @property
-    def consumers(self) -> tuple[Consumer, ...]:
-        return (_TILES, _ROWS)
-
-    def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
-        how = read_json_object(request.path / "config.json")["quantization_config"]
-        known = _TILES if how["quant_method"] == "fp8" else _ROWS
-        consumer, logits = known.compute_logits(request)
-        return consumer, compare_logits(logits, request.probe)
-
-
-_TILES = TransformersConsumer(
-    needs=("accelerate",), quantization=("FineGrainedFP8Config", {"dequantize": True})
-)
-_ROWS = TransformersConsumer(
-    needs=("compressed_tensors",),
-    reports=("compressed-tensors",),
-    quantization=("CompressedTensorsConfig", {"dequantize": True}),
-)
 
 
 def _make_trained_packer(job: ExportSpec) -> Fp8Packer:

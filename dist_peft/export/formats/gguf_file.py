@@ -27,7 +27,7 @@ from torch import Tensor
 from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.span import Span
-from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.base_weights import BaseWeight, split_stacks
 from dist_peft.export.formats.gguf_model import GgufModelLayout
 from dist_peft.export.formats.gguf_tokenizer import add_tokenizer_metadata
 from dist_peft.export.formats.groups import BiasGroups, convert_to_bias_groups, quantize_bias_groups
@@ -80,6 +80,7 @@ def write_gguf_file(
         UserError: an architecture or tokenizer that cannot be written, or the disk is full.
     """
     model = GgufModelLayout(walk.skeleton)
+    walk.weights = split_stacks(walk.weights, walk.skeleton)
     tensors = _plan_tensors(walk, model, kind, dtype)
     size = sum(tensor.num_bytes for tensor in tensors)
     factors = model.compute_rope_factors()

@@ -79,6 +79,8 @@ def _is_read_by_transformers(file: Path) -> bool:
     reader = gguf.GGUFReader(file)
     experts = any("_exps." in tensor.name for tensor in reader.tensors)
     name = reader.fields["general.architecture"].contents()
+    if name == "qwen3" and reader.fields["qwen3.attention.key_length"].contents() != 128:
+        return False  # transformers takes 128 from its defaults
     return name in _READ_BY_TRANSFORMERS and not experts
 
 

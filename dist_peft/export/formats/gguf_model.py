@@ -10,7 +10,7 @@ which moves whole rows and does not change their quantization groups.
 
 A projection of all experts of a layer is one tensor ``[experts, out, in]``, such as
 ``blk.0.ffn_gate_exps.weight``; routers are in float32. Gemma's norms multiply by ``1 + w``, of
-which the file has the sum.
+which the file has the sum. Of a model with towers the text model is written.
 """
 
 import math
@@ -18,12 +18,13 @@ from typing import Any
 
 import gguf
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.model.skeleton import Skeleton
+from dist_peft.model.text_model import find_text_model
 
 __all__ = ["GgufModelLayout"]
 
@@ -132,6 +133,13 @@ def _find_mixture_obstacle(config: Any) -> str | None:
     return None
 
 
+def _find_text_prefix(model: nn.Module) -> str:
+    """Return the path of the text model in one with towers, and a dot; empty: it has none."""
+    text = find_text_model(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    return "" if text is model else f"{paths[id(text)]}."
+
+
 class GgufModelLayout:
     """Tensor names, metadata and row order of one model.
 
@@ -153,6 +161,7 @@ class GgufModelLayout:
                 raise UserError(f"gguf is not written: {reason}; merge the run (hf-bf16)")
         self.config: Any = config
         self.tied = skeleton.tied
+        self._text = _find_text_prefix(skeleton.model)
         self.architecture = _ARCHITECTURES[config.model_type]
         self._names = gguf.get_tensor_name_map(self.architecture, config.num_hidden_layers)
         rope = getattr(config, "rope_parameters", None) or {}
@@ -182,6 +191,10 @@ class GgufModelLayout:
         if weight.is_expert:
             owner = weight.module_path.rpartition(".")[0]
             path = f"{owner}.{weight.find_expert()[1]}.weight"
+        if self._text:
+            if not path.startswith((self._text, "lm_head.")):
+                return None  # a tower: llama.cpp has files of their own for these
+            path = path.replace(self._text, "model.", 1)
         name = self.map_path(path)
         if name is None and not weight.path.endswith("rotary_emb.inv_freq"):
             raise UserError(

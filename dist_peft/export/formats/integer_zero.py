@@ -116,6 +116,8 @@ class IntegerZeroExport(PackedExport):
 
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
         rows = run.codec.affine_rows
+        if options.get(MERGE.key) and options.get(LOSSY.key):
+            return None
         if rows is None:
             return "needs an integer base with a separate adapter (or --merge --lossy)"
         return None if rows.has_integer_zeros else "hqq produces zeros that are not integers"

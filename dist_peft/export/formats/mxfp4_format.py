@@ -14,7 +14,7 @@ quantizer, and those of weights that an adapter does not change, are copied.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,14 +24,13 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.formats.expert_layout import ExpertLayout
-from dist_peft.export.formats.export_format import PackedExport, PlannedExport
+from dist_peft.export.formats.export_format import PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.formats.two_layouts import COMPRESSED_TENSORS, TwoLayoutsExport
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
-from dist_peft.export.verify import Comparison, compare_logits
-from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
+from dist_peft.export.verify_formats import Consumer, TransformersConsumer
 from dist_peft.model.experts import ExpertStack
-from dist_peft.model.hub import read_json_object
 from dist_peft.quant.codec import make_codec
 from dist_peft.quant.mxfp4 import MXFP4_GROUP, Mxfp4Codec
 from dist_peft.store.writer import TensorSpec
@@ -135,13 +134,22 @@ class Mxfp4StackPacker:
         return {"quantization_config": how}
 
 
-class Mxfp4Export(PackedExport):
+_GPT_OSS = TransformersConsumer(
+    needs=("accelerate",), quantization=("Mxfp4Config", {"dequantize": True})
+)
+
+
+class Mxfp4Export(TwoLayoutsExport):
     """MXFP4, as gpt-oss is published or as compressed-tensors has it."""
 
     name = "mxfp4"
     keeps = "merged, rounded to MXFP4; codes of MXFP4 that are not adapted or were trained"
     loads_with = "transformers with compressed-tensors"
     experts = ExpertLayout(stacked=True)
+    by_method: ClassVar[Mapping[str, Consumer]] = {
+        "mxfp4": _GPT_OSS,
+        "compressed-tensors": COMPRESSED_TENSORS,
+    }
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
         """Return ``merged``."""
@@ -172,26 +180,6 @@ class Mxfp4Export(PackedExport):
         layout = "experts as gpt-oss has them" if as_gpt_oss else "mxfp4-pack-quantized"
         how = f"{'the trained codes' if trained else 'merged, rounded to nearest'}: {layout}"
         return self.write_directory(job, state, packer, how, exact=trained)
-
-    @property
-    def consumers(self) -> tuple[Consumer, ...]:
-        return (_GPT_OSS, _COMPRESSED)
-
-    def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
-        how = read_json_object(request.path / "config.json")["quantization_config"]
-        known = _GPT_OSS if how["quant_method"] == "mxfp4" else _COMPRESSED
-        consumer, logits = known.compute_logits(request)
-        return consumer, compare_logits(logits, request.probe)
-
-
-_GPT_OSS = TransformersConsumer(
-    needs=("accelerate",), quantization=("Mxfp4Config", {"dequantize": True})
-)
-_COMPRESSED = TransformersConsumer(
-    needs=("compressed_tensors",),
-    reports=("compressed-tensors",),
-    quantization=("CompressedTensorsConfig", {"dequantize": True}),
-)
 
 
 def _find_stack_obstacle(stacks: list[ExpertStack]) -> str | None:

@@ -5,18 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GraniteMoeConfig
 
-from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.registry import FORMATS, export_model
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.model.skeleton import build_skeleton
-from tests.support.export_runs import FakeRun, fork_consumers, make_run, mixture
+from tests.support.export_runs import FakeRun, fork_consumers, llama, make_run, mixture
 from tests.support.packed import unpack
 
 
@@ -44,17 +44,40 @@ def test_limits_of_a_mixture(mixtral: FakeRun) -> None:
     assert layout.find_obstacle(model, separate=True) == "apart"
 
 
-def test_stacked_experts_are_packed_by_no_format(mixtral: FakeRun, tmp_path: Path) -> None:
-    """Those that leave experts dense write them as the files have them."""
+def read_tensors(out: Path) -> dict[str, torch.Tensor]:
+    if out.is_dir():
+        return load_file(out / "model.safetensors")
+    return {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(out).tensors}
+
+
+@pytest.mark.parametrize("name", ["hf-metal", "mlx", "compressed-tensors", "fp8", "gguf"])
+def test_stacked_experts_are_written_as_the_published_files_have_them(
+    qwen: FakeRun, name: str, tmp_path: Path
+) -> None:
     base = tmp_path / "base"
-    shutil.copytree(mixtral.directory, base)
+    shutil.copytree(qwen.directory, base)
     model = AutoModelForCausalLM.from_pretrained(base)
     model.save_pretrained(base, save_original_format=False)
-    skeleton = build_skeleton(BaseConfig(path=str(base), compute_dtype="float32"), base)
+    assert any("gate_up_proj" in key for key in load_file(base / "model.safetensors"))
+    run = FakeRun(qwen.base, base, qwen.adapter_dir, qwen.probe, {})
+    options: dict[str, Any] = {"merge": True, "lossy": True} if name.startswith("comp") else {}
+    found = {}
+    for source, out in ((qwen, "apart"), (run, "stacked")):
+        file = f"{out}.gguf" if name == "gguf" else out
+        export_model(name, source.job(tmp_path / file, group_size=32, **options))
+        found[out] = read_tensors(tmp_path / file)
+    assert found["apart"].keys() == found["stacked"].keys()
+    assert all(torch.equal(found["stacked"][key], value) for key, value in found["apart"].items())
+
+
+def test_stacks_without_names_of_single_experts_are_packed_by_no_format(tmp_path: Path) -> None:
+    """Those that leave experts dense write them as the files have them."""
+    config = GraniteMoeConfig(**{**llama().to_dict(), "num_local_experts": 4, "model_type": None})
+    run = make_run(tmp_path / "run", None, config=config)
+    skeleton = build_skeleton(run.base, run.directory)
     found = ExpertLayout().find_obstacle(skeleton.model)
     assert found is not None and "have the experts stacked" in found
     assert ExpertLayout(packed=False).find_obstacle(skeleton.model) is None
-    run = FakeRun(mixtral.base, base, mixtral.adapter_dir, mixtral.probe, {})
     with pytest.raises(UserError, match="is a mixture of experts: the base's files have"):
         export_model("mlx", run.job(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
