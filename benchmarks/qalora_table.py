@@ -8,17 +8,19 @@ deployed:
     qlora+gptq b     qlora merged to 16 bits, then quantized by GPTQ to b bits
     qa-lora b        base quantized by GPTQ to b bits, QA-LoRA trained on it, merged exactly
     through b        adapter.through_quantizer with solver gptq: the b-bit model is the trained one
+    through+zeros b  the same with adapter.through_zeros (3 and 2 bits)
 
 Measured: held-out loss of the instructions (nats a token), and the share of commonsense questions
 answered right by likelihood per character (``dist-peft eval --choices``).
 
 python benchmarks/qalora_table.py --base DIR --instructions FILE --commonsense DIR [--seeds 0 1 2]
-    [--only-through]  adds the rows of ``through`` to those of the result file
+    [--only-through]  adds the rows of ``through`` to those of the result file, by method and seed
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import random
 import re
@@ -32,6 +34,8 @@ from common import RESULTS, print_table, write_result
 from omegaconf import OmegaConf
 
 from dist_peft.app import cli
+
+ZEROS = "through+zeros"
 
 SETS = ("ARC-Challenge", "ARC-Easy", "boolq", "openbookqa", "piqa")
 
@@ -186,27 +190,34 @@ def run_seed(bench: Bench, seed: int, packed: dict[int, Path]) -> list[Score]:
     return scores
 
 
-def run_through(bench: Bench, seed: int, bits: int) -> Score:
-    """One row of ``through``."""
-    args, name = bench.args, f"through-{bits}-{seed}"
+def run_through(bench: Bench, seed: int, bits: int, method: str) -> Score:
+    """One row of ``through`` or ``through+zeros``."""
+    args, name = bench.args, f"{method}-{bits}-{seed}"
     adapter = {**lowrank("lora", args), "through_quantizer": True}
+    adapter |= {"through_zeros": True} if method == ZEROS else {}
     config = bench.config(name, args.base, seed, base=integers(bits, args), adapter=adapter)
     command("train", "--config", config)
-    return bench.score("through", bits, seed, config, "--run", bench.directory / name)
+    return bench.score(method, bits, seed, config, "--run", bench.directory / name)
 
 
-def add_through(bench: Bench, settings: dict[str, Any]) -> None:
-    """Add rows of ``through`` to those of the result file, each as soon as it is there."""
+def add_through(
+    bench: Bench, settings: dict[str, Any], varied: tuple[list[int], list[int]]
+) -> None:
+    """Add rows of ``through`` to those of the result file, each as soon as it is there.
+
+    Args:
+        varied: seeds and bits.
+    """
     known = json.loads((RESULTS / "qalora_table.json").read_text())["result"]
     if known["settings"] != settings:
         raise SystemExit(f"the result file has other settings: {known['settings']}")
     scores = [Score(**score) for score in known["scores"]]
     done = {(s.method, s.bits, s.seed) for s in scores}
-    for seed in bench.args.seeds:
-        for bits in bench.args.bits:
-            if ("through", bits, seed) not in done:
-                scores.append(run_through(bench, seed, bits))
-                write_result("qalora_table", {"settings": settings, "scores": scores})
+    for seed, bits, method in itertools.product(*varied, ("through", ZEROS)):
+        if (method == ZEROS and bits > 3) or (method, bits, seed) in done:
+            continue
+        scores.append(run_through(bench, seed, bits, method))
+        write_result("qalora_table", {"settings": settings, "scores": scores})
     show(scores)
 
 
@@ -239,13 +250,15 @@ def main() -> None:
     args = parser.parse_args()
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     only_through = settings.pop("only_through")
+    if only_through:  # some of those of the file
+        settings |= {"seeds": [0, 1, 2], "bits": [4, 3, 2]}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         train, held_out = split_instructions(args.instructions, directory, 100)
         questions = write_questions(args.commonsense, directory, args.questions, args.seq_len // 2)
         bench = Bench(args, directory, train, held_out, questions)
         if only_through:
-            add_through(bench, settings)
+            add_through(bench, settings, (args.seeds, args.bits))
             return
         plain = bench.config("base", args.base, 0, base={"quant": None})
         scores = [bench.score("base", 16, 0, plain)]
@@ -258,7 +271,9 @@ def main() -> None:
             scores.append(bench.score("base+gptq", bits, 0, config))
         for seed in args.seeds:
             scores += run_seed(bench, seed, packed)
-            scores += [run_through(bench, seed, bits) for bits in args.bits]
+            scores += [run_through(bench, seed, bits, "through") for bits in args.bits]
+            few = [bits for bits in args.bits if bits < 4]
+            scores += [run_through(bench, seed, bits, ZEROS) for bits in few]
             show(scores)
             write_result("qalora_table", {"settings": settings, "scores": scores})
 

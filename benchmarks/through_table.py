@@ -10,6 +10,8 @@ Every row has the same text, steps, rank and targets, and is measured as it woul
     through b        adapter.through_quantizer: the b-bit model is the trained one
     through+gptq b   the same with base.quant.solver: gptq, whose codes are GPTQ's in each step
     through8 b       through b with adapter.through_start: 8bit (3 and 2 bits)
+    through+zeros b  through b with adapter.through_zeros (3 and 2 bits)
+    through+zeros+hqq b   the same with base.quant.solver: hqq
 
 Measured: held-out loss in nats a token, for each learning rate; which rate is best differs by row.
 The b-bit model of ``through`` is exported and loaded by its own library, and must give the very
@@ -18,7 +20,13 @@ logits of training (``--max-error 0``).
 Scores are kept in the result file: a run that was stopped continues, and further seeds and rates
 are added to those that are there.
 
+With ``--pretrain JSONL --tokenizer DIR`` the base is made first, if there is none in ``--base``: a
+Llama of 0.66 million parameters, hidden size 128, trained from random weights by
+``adapter.kind: full`` on that text. Its loss is in the result.
+
 python benchmarks/through_table.py --base DIR --text FILE [--bits 4 3 2] [--lrs 5e-3 2e-3 1e-2]
+python benchmarks/through_table.py --base OUT --pretrain JSONL --tokenizer DIR --text FILE \
+    --group-size 16 --name through_table_pretrained
 """
 
 import argparse
@@ -34,6 +42,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from common import RESULTS, print_table, write_result
 from omegaconf import OmegaConf
 
@@ -46,7 +56,24 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 
 GPTQ = {"solver": "gptq", "calibration_samples": 32, "calibration_tokens": 96}
 
-METHODS = ["qlora", "through", "through+gptq", "through8", "qlora+rtn", "qlora+gptq", "qa-lora"]
+FEW_BITS = ["through+zeros", "through+zeros+hqq", "through8"]
+"""For 3 and 2 bits."""
+
+METHODS = [
+    *("qlora", "through", "through+gptq", *FEW_BITS),
+    *("qlora+rtn", "qlora+gptq", "qa-lora"),
+]
+
+PRETRAINED = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +152,9 @@ class Bench:
             adapter["through_quantizer"] = True
         if method == "through8":
             adapter["through_start"] = "8bit"
+        adapter |= {"through_zeros": True} if "zeros" in method else {}
         solver = GPTQ if method == "through+gptq" else {}
+        solver = {"solver": "hqq"} if method.endswith("hqq") else solver
         config = self.write_config(name, args.base, bits, lr, seed, adapter=adapter, solver=solver)
         began = time.process_time()
         command("train", "--config", config)
@@ -181,6 +210,51 @@ class Bench:
         command("export", "--run", run, "--format", "hf-metal", "--out", out, "--max-error", "0")
 
 
+def pretrain(args: argparse.Namespace) -> dict[str, Any]:
+    """Train the base from random weights, if it is not there. Returns what was done."""
+    facts = args.base / "pretrained.json"
+    if facts.is_file():
+        return dict(json.loads(facts.read_text()))
+    scratch = args.base.with_name(f"{args.base.name}-training")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+    torch.manual_seed(0)
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token")}
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), **PRETRAINED, **{f"{k}_id": v for k, v in ids.items()}
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(scratch / "random")
+    tokenizer.save_pretrained(scratch / "random")
+    records = args.pretrain.read_text().splitlines(keepends=True)
+    parts = {"eval": records[:30], "train": records[30:]}
+    for name, lines in parts.items():
+        (scratch / f"{name}.jsonl").write_text("".join(lines))
+    data: dict[str, Any] = {k: [str(scratch / f"{k}.jsonl")] for k in parts}
+    tree = {
+        "base": {"path": str(scratch / "random"), "compute_dtype": "float32", "quant": None},
+        "adapter": {"kind": "full"},
+        "data": {**data, "seq_len": 256, "cache_dir": str(scratch / "cache")},
+        "train": {
+            "steps": args.pretrain_steps,
+            "micro_batch": 8,
+            "global_batch": 8,
+            "lr": 3e-3,
+            "schedule": "cosine",
+            "warmup": 0.05,
+            "eval_every": args.pretrain_steps,
+            "samples": 0,
+            "device": "cpu",
+        },
+        "save": {"dir": str(scratch / "run"), "every": 0},
+    }
+    OmegaConf.save(OmegaConf.create(tree), scratch / "run.yaml")
+    command("train", "--config", scratch / "run.yaml")
+    loss = read_metrics(scratch / "run" / "metrics.jsonl")[-1].eval_loss
+    command("merge", "--run", scratch / "run", "--out", args.base, "--dtype", "float32")
+    done = {"text": args.pretrain.name, "steps": args.pretrain_steps, "tokens_a_step": 2048}
+    facts.write_text(json.dumps({**done, "held_out_loss": loss}))
+    return pretrain(args)
+
+
 def command(verb: str, *argv: object) -> None:
     code = cli.main([verb, *map(str, argv)])
     if code:
@@ -196,8 +270,8 @@ def list_cells(args: argparse.Namespace) -> Iterator[tuple[str, int, float, int]
     """Method, bits, rate and seed of every cell; a run comes before the merges of it."""
     yield from (("base", bits, 0.0, 0) for bits in args.bits)
     for lr, seed, bits in itertools.product(args.lrs, args.seeds, args.bits):
-        for method in METHODS:
-            if method != "through8" or bits < 4:
+        for method in args.methods:
+            if method not in FEW_BITS or bits < 4:
                 yield method, bits, lr, seed
 
 
@@ -224,12 +298,20 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=96)
     parser.add_argument("--characters", type=int, default=560_000)
     parser.add_argument("--held-out", type=int, default=15, help="records of 2000 characters")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--name", default="through_table", help="of the result file")
+    parser.add_argument("--pretrain", type=Path, help="text to train the base on, JSON Lines")
+    parser.add_argument("--pretrain-steps", type=int, default=700)
+    parser.add_argument("--tokenizer", type=Path, help="of the base that is trained")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
     args = parser.parse_args()
-    varied = ("bits", "lrs", "seeds", "minutes")
+    varied = ["bits", "lrs", "seeds", "minutes", "methods", "name"]
+    varied += ["pretrain", "pretrain_steps", "tokenizer"]
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     settings = {k: v for k, v in settings.items() if k not in varied}
-    scores = read_scores("through_table", settings)
+    if args.pretrain is not None:
+        settings["pretrained"] = pretrain(args)
+    scores = read_scores(args.name, settings)
     done = {(s.method, s.bits, s.lr, s.seed) for s in scores}
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as scratch:
@@ -240,7 +322,7 @@ def main() -> None:
             if cell in done or time.monotonic() > deadline:
                 continue
             scores.append(bench.measure(*cell))
-            write_result("through_table", {"settings": settings, "scores": scores})
+            write_result(args.name, {"settings": settings, "scores": scores})
     show_table(scores)
 
 

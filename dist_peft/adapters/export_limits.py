@@ -21,6 +21,7 @@ class ExportLimits:
         fits_zero_points: a merge into an integer base keeps its codes and changes its zeros only.
         trained_codes: the merged weights in the base's own format were trained, and no
             base and adapter apart.
+        fractional_zeros: their zeros are fractions, whatever the base's are.
     """
 
     merged: str | None = None
@@ -30,6 +31,7 @@ class ExportLimits:
     bnb_linears: str | None = None
     fits_zero_points: bool = False
     trained_codes: bool = False
+    fractional_zeros: bool = False
 
     def get_reason(self, content: ExportContent) -> str | None:
         """Return the reason against ``content``."""

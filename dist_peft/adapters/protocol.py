@@ -24,7 +24,7 @@ from dist_peft.adapters.export_limits import NONLINEAR_LIMITS, ExportLimits
 from dist_peft.adapters.step_hooks import NoStepHooks, StepHooks
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import TrainableSteps
-from dist_peft.quant.codec_defaults import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts, AffineRows
 
 __all__ = [
     "NONLINEAR_LIMITS",
@@ -239,6 +239,18 @@ class WeightMerger(Protocol):
     def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Return the rows that were quantized: without the initial product of PiSSA and LoftQ;
         merged ones after a training through the quantizer."""
+        ...
+
+    def finish_packed_rows(
+        self, weight: str, packed: Tensor, span: Span, rows: AffineRows | None, columns: int
+    ) -> Tensor:
+        """Return packed rows of ``compute_encoded_rows`` with zeros that training moved.
+
+        Args:
+            packed: ``uint8 [len(span), row_bytes]``.
+            rows: how they are split (``Codec.affine_rows``).
+            columns: of the weight.
+        """
         ...
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:

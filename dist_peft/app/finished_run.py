@@ -26,6 +26,7 @@ __all__ = ["load_finished_run", "select_training_settings"]
 _ADAPTER_KEYS = {
     "adapter_kind": "adapter.kind",
     "through_quantizer": "adapter.through_quantizer",
+    "through_zeros": "adapter.through_zeros",
 }
 
 
@@ -35,11 +36,11 @@ def select_training_settings(config: RunConfig) -> dict[str, Any]:
     Stored in ``adapter/dist_peft.json``; ``load_finished_run`` compares it.
     """
     base = config.base.model_dump(mode="json", include={"quant", "compute_dtype", "head"})
-    through = getattr(config.adapter, "through_quantizer", False)
     return {
         **base,
         "adapter_kind": config.adapter.kind,
-        "through_quantizer": through,
+        "through_quantizer": getattr(config.adapter, "through_quantizer", False),
+        "through_zeros": getattr(config.adapter, "through_zeros", False),
         **describe_codec(config.base.quant),
     }
 

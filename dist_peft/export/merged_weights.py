@@ -260,7 +260,9 @@ class MergedWeights:
         assert weight.linear is not None
         own = weight.span_in_linear(span)
         read = WeightRows.read_weight_rows(weight.linear, self._choose_reader(weight), own)
-        return read.to_packed(partial(self._merger.compute_encoded_rows, weight.path, span=own))
+        packed = read.to_packed(partial(self._merger.compute_encoded_rows, weight.path, span=own))
+        grid = weight.linear.codec.affine_rows
+        return self._merger.finish_packed_rows(weight.path, packed, own, grid, weight.num_columns)
 
     def _choose_reader(self, weight: BaseWeight) -> RowReader:
         """Return the reader of a weight's rows; of a packed one, which the files may have

@@ -25,7 +25,7 @@ from torch import Tensor
 from dist_peft.adapters.protocol import WeightMerger
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.codec_defaults import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts, AffineRows
 
 __all__ = [
     "AdditiveMerger",
@@ -199,6 +199,11 @@ class TaskChange:
 
     def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         return rows
+
+    def finish_packed_rows(
+        self, weight: str, packed: Tensor, span: Span, rows: AffineRows | None, columns: int
+    ) -> Tensor:
+        return packed
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
         raise AssertionError("zeros are changed by export.task_switch")

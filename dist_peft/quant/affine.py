@@ -11,7 +11,12 @@ A group of ``group_size`` weights of a row shares a scale and a zero (``Q = 2**b
 This is ``rtn``, rounding to nearest. ``hqq`` keeps the scale, looks for a better, fractional zero
 (``quant.hqq``) and takes ``q = clamp(round(w / scale + zero), 0, Q)``. ``gptq`` chooses codes,
 scales and integer zeros column by column with calibration data (``quant.gptq``); it is no way to
-encode rows alone. All of them decode alike.
+encode rows alone. ``absmax`` is symmetric, as GGUF's Q8_0 and Q4_0 are::
+
+    scale = fp16(max |w| / (2**(bits - 1) - 1))        zero = 2**(bits - 1)
+
+so that a code less its zero is a signed integer of ``bits``, and ``scale * zero`` is exact in fp16.
+All of them decode alike.
 
 Codes are chosen with the *rounded* scale, the one that decoding uses. Rounding is to even. A weight
 of 0 decodes to 0. The error is at most ``scale / 2`` inside the range that the codes reach, from
@@ -83,13 +88,14 @@ class AffineCodec(CodecDefaults):
 
     bits: int = 4
     group_size: int = 64
-    solver: Literal["rtn", "hqq"] = "rtn"
+    solver: Literal["rtn", "hqq", "absmax"] = "rtn"
 
     @classmethod
     def from_config(cls, quant: QuantConfig) -> Self:
         """The codec of a ``base.quant`` section with ``kind: int``."""
         # a base to be solved by gptq is first quantized by rounding, while the model is built
-        return cls(quant.bits, quant.group_size, "hqq" if quant.solver == "hqq" else "rtn")
+        solver = "rtn" if quant.solver == "gptq" else quant.solver
+        return cls(quant.bits, quant.group_size, solver)
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -110,6 +116,11 @@ class AffineCodec(CodecDefaults):
     def has_integer_zeros(self) -> bool:
         """Whether all zeros are integers: those of ``hqq`` are fractions."""
         return self.solver != "hqq"
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether all zeros are in the middle of the codes."""
+        return self.solver == "absmax"
 
     def describe_storage(self) -> str:
         """Return kind, bits and group size."""
@@ -140,13 +151,16 @@ class AffineCodec(CodecDefaults):
 
     def _quantize_by_torch(self, weight: Tensor) -> Tensor:
         def quantize_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
-            scale, zero = self.compute_scale_and_zero(groups, first_row)
+            choose = (
+                self._find_symmetric_scale if self.is_symmetric else self.compute_scale_and_zero
+            )
+            scale, zero = choose(groups, first_row)
             if self.solver == "hqq":
                 columns = torch.arange(groups[0].numel(), device=groups.device)
                 real = (columns < in_features).view(groups.shape[1:])
                 zero = optimize_zero_points(groups, scale, zero, real, self.bits)
             codes = groups / scale.float().unsqueeze(-1)
-            if self.solver == "rtn":  # halves to even before an odd zero is added
+            if self.solver != "hqq":  # halves to even before an odd zero is added
                 codes.round_()
             codes.add_(zero.float().unsqueeze(-1)).round_().clamp_(0, 2**self.bits - 1)
             return self._build_packed_fields(
@@ -235,6 +249,20 @@ class AffineCodec(CodecDefaults):
         # -0.0 where no weight is negative; a lower limit of 0 would make it 0.0 on a GPU alone
         zero = (-low / scale.float()).round_().clamp_(max=top).half()
         return scale, zero
+
+    def _find_symmetric_scale(self, groups: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+        """Of ``absmax``; see ``compute_scale_and_zero``."""
+        largest = groups.abs().amax(dim=-1)
+        check_finite_statistics(largest, self.group_size, first_row)
+        half = 2 ** (self.bits - 1)
+        exact = divide_exactly(largest, half - 1).clamp_(min=_SMALLEST_SCALE)
+        scale = torch.where(largest > 0, exact, 1.0).half()
+        if bool(torch.isinf(scale).any()):
+            raise ValueError(
+                f"weights up to {float(largest.max()):.3g} need a scale beyond float16 for "
+                f"{self.bits} bits"
+            )
+        return scale, torch.full_like(scale, half)
 
     def _compute_layout(self, in_features: int) -> _AffineLayout:
         groups = -(-in_features // self.group_size)

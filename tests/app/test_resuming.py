@@ -67,6 +67,8 @@ def test_refused_by_key_with_both_values(stopped: Tree, tmp_path: Path) -> None:
     other_base = "was trained on another base than"  # says how it differs, which no value does
     through = changed(stopped, "base.quant", {"kind": "int", "group_size": 8})
     through = changed(through, "adapter.through_quantizer", True)
+    zeros = changed(through, "adapter.through_zeros", True)
+    others["zeros"] = (zeros, "adapter.through_zeros is true, there false")
     others["through"] = (through, "adapter.through_quantizer is true, there false")
     others["weights"] = (others["weights"][0], f"step-000001 {other_base}")
     before = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.name != "log.txt")

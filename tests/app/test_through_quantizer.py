@@ -16,16 +16,20 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_peft.adapters.directory import open_adapter_merger
 from dist_peft.app.cli import main
+from dist_peft.app.finished_run import load_finished_run
 from dist_peft.app.model_setup import build_model, load_training_state, load_weights
 from dist_peft.app.quantized_base import calibrate_base
 from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
+from dist_peft.export.formats.gguf_lora_check import LLAMA_CPP_SERVER, compare_by_llama_cpp
+from dist_peft.export.merged_weights import open_merged_weights
 from dist_peft.export.verify import Probe
+from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.model.gptq_factors import FACTORS
-from dist_peft.model.skeleton import build_skeleton
+from dist_peft.model.hub import load_tokenizer
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.evaluate import inference_mode
@@ -53,6 +57,7 @@ CPU = torch.device("cpu")
 NF4 = {"kind": "nf4", "double_quant": False}
 INT3 = {"kind": "int", "bits": 3, "group_size": 32}
 GPTQ = INT3 | {"solver": "gptq", "calibration_samples": 3, "calibration_tokens": 24}
+INT2 = {"kind": "int", "bits": 2, "group_size": 32}
 SINGLE = {"kind": "single"}
 PACKED: dict[str, Callable[..., Path]] = {
     "gptq": packed.save_gptq,
@@ -67,6 +72,7 @@ ENGINES: list[tuple[int, dict[str, Any]]] = [
     (3, {"kind": "zero", "stage": 3}),  # last: it replaces functional.linear for good
 ]
 STEPS, CUT = 4, 2
+UNPACKED = 4
 
 
 def make_tree(directory: Path, quant: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -100,7 +106,8 @@ def load_twice(world: World, tree: dict[str, Any], first: Path, second: Path) ->
     if config.engine.kind == "fsdp2":  # A alone: every rank has its own rows of B
         with CommDebugMode() as counted:
             adapter.finish_step(1, EngineParameters(built.model, built.engine))
-        assert counted.get_total_counts() == len(adapter.layers)
+        pairs = 1 + config.adapter.through_zeros
+        assert counted.get_total_counts() == pairs * len(adapter.layers)
     total = hashlib.sha256()
     for layer in setup.adapter.layers.values():
         # engines gather a parameter that is sharded at rest
@@ -118,7 +125,7 @@ def load_on_engines(
     engines: list[dict[str, Any]],
     calibrated: tuple[dict[str, Any], Path] | None = None,
 ) -> list[dict[str, Any]]:
-    """On the first engine all of ``loads``, on the others the first three.
+    """On the first engine all of ``loads``, on the others those of bases that are not packed.
 
     Args:
         calibrated: a configuration whose base is written with GPTQ's factors, and where.
@@ -128,7 +135,7 @@ def load_on_engines(
     return [
         load_twice(world, {**tree, "engine": engine}, *paths)
         for number, engine in enumerate(engines)
-        for tree, *paths in (loads[:3] if number else loads)
+        for tree, *paths in (loads[:UNPACKED] if number else loads)
     ]
 
 
@@ -142,6 +149,8 @@ def make_base_trees(root: Path) -> dict[str, dict[str, Any]]:
     trees = {}
     for name, quant in {"nf4": NF4, "int3": INT3, "solver gptq": GPTQ}.items():
         trees[name] = make_tree(root / name, quant)
+    trees["zeros"] = make_tree(root / "zeros", INT2)
+    trees["zeros"]["adapter"]["through_zeros"] = True
     plain = packed.save_plain(root / "plain")
     for name, save in PACKED.items():
         trees[name] = make_tree(root / name, INT3)
@@ -170,7 +179,7 @@ def test_bytes_are_the_same_on_any_ranks_and_engine(tmp_path: Path) -> None:
     assert expected[1]["bytes"] != expected[2]["bytes"]  # GPTQ chooses other codes
     for ranks in (2, 3):
         engines = [engine for size, engine in ENGINES if size == ranks]
-        wanted_all = expected + expected[:3] * (len(engines) - 1)
+        wanted_all = expected + expected[:UNPACKED] * (len(engines) - 1)
         extra = (trees["solver gptq"], tmp_path / "factors") if ranks == 2 else None
         for results in run_ranks(load_on_engines, ranks, loads, engines, extra, timeout=400):
             for found, wanted in zip(results, wanted_all, strict=True):
@@ -218,13 +227,10 @@ def test_a_run_cut_on_one_engine_goes_on_on_another(tmp_path: Path) -> None:
         )
 
 
-STARTED = {"kind": "int", "bits": 2, "group_size": 32}
-
-
 def test_a_start_in_8_bits_is_the_same_on_engines_and_across_a_cut(tmp_path: Path) -> None:
     """Steps 1 and 2 gather rows of 8 bits; the base is loaded again after them, in one command."""
-    whole = make_tree(tmp_path, STARTED)
-    whole["adapter"] |= {"through_start": "8bit", "through_start_share": 0.5}
+    whole = make_tree(tmp_path, INT2)
+    whole["adapter"] |= {"through_start": "8bit", "through_start_share": 0.5, "through_zeros": True}
     assert train(World(), whole) == 0
     expected = losses(tmp_path / "run")
     assert len(expected) == STEPS
@@ -254,11 +260,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "int4": {"kind": "int", "bits": 4, "group_size": 32},
         "encoded by gptq": GPTQ | {"bits": 4},
     }
+    quants["zeros"] = INT2 | {"solver": "gptq", "calibration_samples": 3, "calibration_tokens": 24}
     root = tmp_path_factory.mktemp("through")
     found = {}
     for name, quant in quants.items():
         (root / name).mkdir()
-        found[name] = finished_run(root / name, quant, adapter)
+        zeros = {"through_zeros": True} if name == "zeros" else {}
+        found[name] = finished_run(root / name, quant, adapter | zeros)
     return found
 
 
@@ -274,7 +282,9 @@ def export(run: Path, out: Path, name: str, *options: str) -> int:
         ("int4", "compressed-tensors", 0.0),
         ("int4", "hf-metal", 0.0),
         ("encoded by gptq", "compressed-tensors", 0.0),
+        ("zeros", "hf-metal", 0.0),
         ("int4", "mlx", 0.01),
+        ("zeros", "mlx", 0.01),
         ("int4", "gptq", 0.05),
         ("int4", "awq", 0.05),
     ],
@@ -316,37 +326,88 @@ def test_the_export_is_the_trained_model_for_its_own_library(
         assert torch.equal(dense, ours)
 
 
+GGUF: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gptq": ("q4_1", GPTQ | {"bits": 4}, {}),
+    "symmetric": ("q4_1", {"kind": "int", "bits": 4, "group_size": 32, "solver": "absmax"}, {}),
+    "symmetric 8": ("q8_0", {"kind": "int", "bits": 8, "group_size": 32, "solver": "absmax"}, {}),
+    "zeros": ("q4_1", INT2 | {"solver": "hqq"}, {"through_zeros": True}),
+}
+"""Type of the blocks, ``base.quant`` and options of the adapter."""
+
+
+@pytest.fixture(scope="module")
+def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Run directory and exported file by name. The files are compared by the tests."""
+    pytest.importorskip("gguf")
+    found = {}
+    for name, (kind, quant, adapter) in GGUF.items():
+        root = tmp_path_factory.mktemp("gguf")
+        tree = make_tree(root, quant, data__seq_len=32)
+        tree["adapter"] |= adapter
+        llama = CONFIG.to_dict() | {"vocab_size": VOCABULARY}
+        save_model(tf.LlamaConfig(**llama), root / "base")
+        save_tokenizer(root / "base")
+        assert train(World(), tree) == 0
+        assert export(root / "run", root / "out", "gguf", "--no-verify") == 0
+        found[name] = (root / "run", root / "out" / f"model-{kind}.gguf")
+    return found
+
+
+def list_trained_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Dequantized linears of the training's forward pass, and those with biases in fp16."""
+    config = load_finished_run(run)
+    with open_merged_weights(
+        config.base, Path(config.base.path), run / "adapter", "trained"
+    ) as walk:
+        linears = {w.path: w for w in walk.weights if walk.is_packable(w)}
+        return {
+            path: walk.read_merged_rows(weight, Span(0, weight.num_rows))
+            for path, weight in linears.items()
+        }
+
+
 @pytest.mark.e2e
-def test_a_gguf_file_has_the_trained_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Q4_1 scales and codes are the trained ones, and a bias is ``-scale * zero`` in fp16: the
-    gguf package's own values, bit for bit. Of rows that llama.cpp has in the same order."""
-    gguf = pytest.importorskip("gguf")
-    tree = make_tree(tmp_path, GPTQ | {"bits": 4}, data__seq_len=32)
-    llama = CONFIG.to_dict() | {"vocab_size": VOCABULARY}
-    save_model(tf.LlamaConfig(**llama), tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
-    assert train(World(), tree) == 0
-    fork_consumers(monkeypatch)
-    options = ("--type", "q4_1", "--max-error", "0.05")
-    assert export(tmp_path / "run", tmp_path / "out", "gguf", *options) == 0
-    base = tmp_path / "run" / "base"
-    skeleton = build_skeleton(parse_config(tree).base, base)
-    rows, linear = load_file(base / "model.safetensors"), linears(skeleton)
-    own = open_adapter_merger(tmp_path / "run" / "adapter")
-    (file,) = (tmp_path / "out").glob("*.gguf")
+@pytest.mark.parametrize("name", GGUF)
+def test_a_gguf_file_has_the_trained_codes(
+    name: str, gguf_files: dict[str, tuple[Path, Path]]
+) -> None:
+    """The gguf package's own values of two linears that llama.cpp has in the same order: bit for
+    bit those of the training's forward pass where groups are symmetric. In Q4_1 a bias is ``-scale
+    * zero`` in fp16, so that others are off by up to half a unit of it."""
+    import gguf
+
+    run, file = gguf_files[name]
+    wanted = list_trained_weights(run)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for name, layer in (("blk.0.ffn_down", "mlp.down_proj"), ("blk.1.attn_v", "self_attn.v_proj")):
-        weight = f"model.layers.{name[4]}.{layer}.weight"
-        merged = own.compute_encoded_rows(weight, rows[weight], Span(0, len(rows[weight])))
-        codec = linear[weight].codec
-        parts = codec.split_packed_rows(codec.quantize_to_packed(merged), merged.shape[1])
-        scale, zero = (part.float()[:, :, None] for part in (parts.scale, parts.zero))
-        codes = parts.codes.float().unflatten(1, (scale.shape[1], -1))
-        wanted = codes * scale + (-scale * zero).half().float()
-        tensor = stored[f"{name}.weight"]
-        assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1
+    for own, layer in (("blk.0.ffn_down", "mlp.down_proj"), ("blk.1.attn_v", "self_attn.v_proj")):
+        tensor, rows = stored[f"{own}.weight"], wanted[f"model.layers.{own[4]}.{layer}.weight"]
+        assert tensor.tensor_type.name == GGUF[name][0].upper()
         dense = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        assert torch.equal(dense, wanted.flatten(1)[:, : merged.shape[1]])
+        if "symmetric" in name:
+            assert torch.equal(dense, rows)
+            continue
+        fields = torch.from_numpy(tensor.data.copy()).view(len(rows), -1, 20)
+        bias = fields[:, :, 2:4].contiguous().view(torch.float16).float()
+        bound = (bias.abs() * 2**-11).clamp(min=2.0**-25).expand(-1, -1, 32).flatten(1)
+        assert ((dense - rows).abs() <= bound * 1.001 + 1e-7).all()
+        assert not torch.equal(dense, rows)
+
+
+@pytest.mark.e2e
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("name", GGUF)
+def test_llama_cpp_computes_the_trained_logits(
+    name: str, gguf_files: dict[str, tuple[Path, Path]]
+) -> None:
+    """Its products round inputs to 8 bits, which the bound leaves room for."""
+    if LLAMA_CPP_SERVER.find_python() is None:
+        pytest.skip("xllamacpp is not installed, here or in DIST_PEFT_XLLAMACPP_PYTHON")
+    run, file = gguf_files[name]
+    probe = Probe.load_probe(run / "probe.safetensors")
+    letter = load_tokenizer(run.parent / "base").encode("a", add_special_tokens=False)[-1]
+    consumer, found = compare_by_llama_cpp(ConsumerRequest(file, probe, torch.float32), letter)
+    assert consumer.startswith("llama.cpp (xllamacpp")
+    assert found.changed and found.relative < 0.01, found
 
 
 @pytest.mark.e2e
@@ -371,6 +432,10 @@ def test_the_adapter_alone_is_refused_and_stamped(
         assert "base and adapter apart are another model" in capsys.readouterr().err
     assert export(run, tmp_path / "out", "gptq") == 2  # NF4 codes
     assert "choose bnb-nf4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for name in ("compressed-tensors", "gptq"):
+        assert export(finished["zeros"], tmp_path / "out", name) == 2
+        assert "adapter.through_zeros" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["through_quantizer"] is True

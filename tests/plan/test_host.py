@@ -51,6 +51,12 @@ def test_rows_that_are_encoded_again_rest_in_host_memory(tmp_path: Path) -> None
     assert plans[3].rest == expected[3] + sum(resting.host.values())
     assert plans[1].kept_weights == plans[1].kept_rows // 2  # files in bfloat16
     assert plans[1].factor == 0
+    tree["adapter"]["through_zeros"] = True
+    model = build_planned_model(parse_config(tree)).skeleton.model
+    more = [m.base for m in model.modules() if isinstance(m, ThroughLinear)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    pairs = sum(3 * (base.out_features + -(-base.in_features // 8)) for base in more)
+    assert trained == resting.trainable + pairs and pairs
     solved = plan_host_peaks(skeleton, resting, 3, solves=True)
     linears = [m for m in skeleton.model.modules() if isinstance(m, FrozenLinear) and not m.is_head]
     factors = [4 * size**2 + 8 * size for m in linears if (size := -(-m.in_features // 8) * 8)]

@@ -126,6 +126,30 @@ def test_the_sign_of_a_zero_does_not_depend_on_the_order_of_weights() -> None:
     assert not torch.signbit(negative).any()
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_symmetric_groups_equal_the_scalar_formula(bits: int) -> None:
+    row = [*torch.randn(8 * 60, generator=torch.Generator().manual_seed(bits)).tolist(), *[0.0] * 8]
+    codec, half = AffineCodec(bits, 8, "absmax"), 2 ** (bits - 1)
+    packed = codec.quantize_to_packed(torch.tensor([row]))
+    codes, scale, zero = codec.split_packed_rows(packed, len(row))
+    assert codec.has_integer_zeros and zero.eq(half).all()
+    for group in range(len(row) // 8):
+        weights = [np.float32(w) for w in row[8 * group : 8 * group + 8]]
+        largest = max(abs(w) for w in weights)
+        own = np.float32(np.float16(largest / np.float32(half - 1))) if largest else np.float32(1)
+        wanted = [int(np.clip(np.rint(w / own) + half, 0, 2 * half - 1)) for w in weights]
+        assert float(scale[0, group]) == float(own)
+        assert codes[0, 8 * group : 8 * group + 8].tolist() == wanted
+    decoded = codec.dequantize_rows(packed, len(row), torch.float32)
+    assert not decoded[0, -8:].any()
+    bound = scale.float().repeat_interleave(8, 1) * (0.5 + half / 2048)
+    assert ((decoded - torch.tensor([row])).abs() <= bound * 1.00001).all()
+    with pytest.raises(ValueError, match="need a scale beyond float16"):
+        codec.quantize_to_packed(torch.full((1, 8), 2e7))
+    with pytest.raises(ValueError, match="not finite"):
+        codec.quantize_to_packed(torch.tensor([[torch.nan] * 8]))
+
+
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-9, 2e-7, 1e-5])
 def test_tiny_groups_lose_at_most_a_fp16_subnormal(size: float) -> None:
     weight = torch.linspace(-1, 1, 64).mul(size).view(1, 64)

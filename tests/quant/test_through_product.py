@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.nf4 import Nf4Codec
-from dist_peft.quant.through_product import multiply_through
+from dist_peft.quant.through_product import ZeroFactors, multiply_through
 
 CODECS: list[Codec] = [
     Nf4Codec(64, double_quant=False),
@@ -80,3 +80,26 @@ def test_input_without_a_gradient_still_trains_the_factors() -> None:
     assert A.grad is not None and B.grad is not None
     with pytest.raises(ValueError, match=r"\[\.\.\., 100\]"):
         multiply_through(x[..., :3], packed, A, B, **settings)
+
+
+@pytest.mark.parametrize("size", [8, 32])  # 100 columns: the last group has fewer
+def test_the_pair_of_the_zeros_has_the_gradients_of_a_dense_change_of_groups(size: int) -> None:
+    codec = AffineCodec(2, size)
+    x, packed, W, A, B = make(codec, torch.float64)
+    groups = -(-IN // size)
+    zero_A, zero_B = torch.randn(3, groups), torch.randn(OUT, 3)
+    zeros = ZeroFactors(zero_A.requires_grad_(), zero_B.requires_grad_(), size)
+    y = multiply_through(
+        x, packed, A, B, codec=codec, scaling=SCALING, dtype=torch.float64, zeros=zeros
+    )
+    assert torch.equal(y, functional.linear(x, codec.dequantize_rows(packed, IN, torch.float64)))
+    grad = torch.randn(2, 3, OUT, generator=torch.Generator().manual_seed(1)).double()
+    y.backward(grad)
+    dense_A, dense_B, wide_A, wide_B = (
+        t.detach().double().requires_grad_() for t in (A, B, zero_A, zero_B)
+    )
+    change = (wide_B @ wide_A).repeat_interleave(size, 1)[:, :IN]
+    merged = W.double() + SCALING * (dense_B @ dense_A + change)
+    functional.linear(x.detach(), merged).backward(grad)
+    for found, wanted in ((A, dense_A), (B, dense_B), (zero_A, wide_A), (zero_B, wide_B)):
+        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-5, atol=1e-5)

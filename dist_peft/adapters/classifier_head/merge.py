@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_peft.adapters.protocol import WeightMerger
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.codec_defaults import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts, AffineRows
 
 __all__ = ["HeadMerger"]
 
@@ -58,6 +58,11 @@ class HeadMerger:
 
     def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         return self._trunk.compute_encoded_rows(weight, rows, span)
+
+    def finish_packed_rows(
+        self, weight: str, packed: Tensor, span: Span, rows: AffineRows | None, columns: int
+    ) -> Tensor:
+        return self._trunk.finish_packed_rows(weight, packed, span, rows, columns)
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
         return self._trunk.merge_affine_parts(weight, parts, span)

@@ -32,7 +32,7 @@ from dist_peft.adapters.tensor_checks import (
 )
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.codec_defaults import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts, AffineRows
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 from dist_peft.store.staged_model import StagedModel
@@ -200,6 +200,12 @@ class TrainedWeightsMerger:
     def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Nothing was taken from the base before it was encoded."""
         return rows
+
+    def finish_packed_rows(
+        self, weight: str, packed: Tensor, span: Span, rows: AffineRows | None, columns: int
+    ) -> Tensor:
+        """Return ``packed``: no zeros were trained."""
+        return packed
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
         raise AssertionError("trained weights have no codes of the base")

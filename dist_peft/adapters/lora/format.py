@@ -7,6 +7,7 @@
                                 [out, r], .lora_magnitude_vector [out], and for an embedding
                                 .lora_embedding_A [r, vocab], .lora_embedding_B [hidden, r]
     dist_peft.safetensors       LoftQ: PATH.removed_A, PATH.removed_B
+                                adapter.through_zeros: PATH.zero_A, PATH.zero_B
 
 PiSSA and LoftQ train ``s B A`` on a base that was changed first. PEFT applies adapters to the
 original base, so the file holds the change since the start, ``s (B A - B0 A0)``, as one product of
@@ -108,9 +109,9 @@ def build_public_lora(
     extra: dict[str, Tensor] = {}
     for path, own in modules.items():
         own = dict(own)
-        for factor in "AB":
-            if f"removed_{factor}" in own:
-                extra[f"{path}.removed_{factor}"] = own.pop(f"removed_{factor}")
+        for name in ("removed_A", "removed_B", "zero_A", "zero_B"):
+            if name in own:
+                extra[f"{path}.{name}"] = own.pop(name)
         if "start_A" in own:
             own["lora_A"] = torch.cat([own["lora_A"], own.pop("start_A")])
             own["lora_B"] = torch.cat([own["lora_B"], -own.pop("start_B")], 1)

@@ -8,7 +8,8 @@ Row-local, so that an export can walk a base of any size in chunks. With ``W`` t
     experts     LoRA, each expert's rows with its own A
     QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros
     (``adapters.low_rank.zero_points``)
-    through     the rows that are quantized are W + s B A; decoded they are merged already
+    through     the rows that are quantized are W + s B A; decoded they are merged already.
+                ``zero_A``, ``zero_B`` move their zeros too
 
 PiSSA and LoftQ adapters are stored as the change since initialization (``adapters.directory``), as
 needed by the *original* base. The base *decoded* as training saw it,
@@ -26,11 +27,15 @@ from dist_peft.adapters.lora.tensors import LoraTensors, parse_lora_tensors
 from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
 from dist_peft.adapters.low_rank.float_rows_merger import find_weight_shape
 from dist_peft.adapters.low_rank.row_sharded import add_factor_product
-from dist_peft.adapters.low_rank.zero_points import merge_into_zeros, unmerge_from_zeros
+from dist_peft.adapters.low_rank.zero_points import (
+    merge_into_zeros,
+    move_packed_zeros,
+    unmerge_from_zeros,
+)
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.codec_defaults import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts, AffineRows
 
 __all__ = ["THROUGH_KEY", "LoraMerger", "sum_group_change"]
 
@@ -44,7 +49,8 @@ class LoraMerger:
     Args:
         modules: module path -> factors.
         init: pissa or loftq where the factors hold the change since that initialization.
-        removed: LoftQ's extra product, ``PATH.removed_A`` and ``PATH.removed_B``.
+        extra: LoftQ's extra product, ``PATH.removed_A`` and ``PATH.removed_B``, or the pair that
+            moves zeros, ``PATH.zero_A`` and ``PATH.zero_B``.
         is_through: trained through the quantizer (``adapters.lora.through_quantizer``).
     """
 
@@ -52,16 +58,16 @@ class LoraMerger:
         self,
         modules: dict[str, LoraTensors],
         init: str | None,
-        removed: dict[str, Tensor],
+        extra: dict[str, Tensor],
         is_through: bool = False,
     ) -> None:
         self._is_through = is_through
         self._modules = {f"{path}.weight": module for path, module in modules.items()}
         self._init = init
-        self._removed: dict[str, dict[str, Tensor]] = {}
-        for name, value in removed.items():
+        self._extra: dict[str, dict[str, Tensor]] = {}
+        for name, value in extra.items():
             path, _, own = name.rpartition(".")
-            self._removed.setdefault(f"{path}.weight", {})[own] = value
+            self._extra.setdefault(f"{path}.weight", {})[own] = value
         self._rows_left = {name: module.shape[0] for name, module in self._modules.items()}
         self._scaled = _ScaledFactors()
 
@@ -232,12 +238,36 @@ class LoraMerger:
         if self._init == "pissa":
             r = module.A.shape[0] // 2  # B[:, r:] is -B0
             return add_factor_product(rows, module.B[span.slice, r:], module.A[r:], module.scaling)
-        if weight not in self._removed:
+        if weight not in self._extra:
             return rows
-        removed = self._removed[weight]
+        removed = self._extra[weight]
         return add_factor_product(
             rows, removed["removed_B"][span.slice], removed["removed_A"], -module.scaling
         )
+
+    def finish_packed_rows(
+        self, weight: str, packed: Tensor, span: Span, rows: AffineRows | None, columns: int
+    ) -> Tensor:
+        """Return packed rows with the trained zeros, where ``adapter.through_zeros`` trained any.
+
+        Raises:
+            UserError: the pair has other groups than the base, or a zero is beyond fp16.
+        """
+        pair = self._extra.get(weight, {})
+        if not self._is_through or "zero_A" not in pair:
+            return packed
+        A, B = pair["zero_A"].to(packed.device, torch.float32), pair.get("zero_B")
+        out, groups = self._modules[weight].shape[0], A.shape[-1]
+        if rows is None or B is None or -(-columns // rows.group_size) != groups or len(B) != out:
+            raise UserError(
+                f"{weight}: the adapter moves the zeros of {groups} groups of {out} rows, which "
+                "the base does not have; it belongs to another base or base.quant"
+            )
+        try:
+            scaled = A * self._modules[weight].scaling
+            return move_packed_zeros(packed, B, scaled, span, rows, columns)
+        except ValueError as error:
+            raise UserError(f"{weight}: {error}") from None
 
     def has_initial_factors(self, weight: str) -> bool:
         """Whether the weight was trained on a base with its start (PiSSA, LoftQ) taken away."""

@@ -24,6 +24,7 @@ from dist_peft.adapters.lora.siblings import link_siblings
 from dist_peft.adapters.lora.through_quantizer import (
     ThroughLinear,
     require_codec,
+    require_trainable_zeros,
     resolve_start,
     update_rows,
 )
@@ -103,7 +104,11 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         self._check_rank(name, module, 2 * r if config.init == "lora_ga" else most_rank)
         if config.through_quantizer:
             require_codec(name, module)
-            return ThroughLinear(module, name, spec, dropout)
+            layer = ThroughLinear(module, name, spec, dropout)
+            if config.through_zeros:
+                require_trainable_zeros(name, module)
+                layer.train_zeros()
+            return layer
         return LoraLinear(module, name, spec, dropout)
 
     def _check_rank(self, name: str, module: FrozenLinear, wanted: int) -> None:
@@ -163,7 +168,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         )
 
     def get_lr_scale(self, name: str) -> float:
-        return self.config.lr_ratio if name.endswith(".lora_B") else 1.0
+        return self.config.lr_ratio if name.endswith((".lora_B", ".zero_B")) else 1.0
 
     def prepare_phase(self, done: int, total_steps: int) -> int:
         """Give the linears the form of ``adapter.through_start``, in the first share of the steps.
@@ -226,6 +231,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
                 separate=_THROUGH_REASON,
                 adapter=_THROUGH_REASON,
                 trained_codes=True,
+                fractional_zeros=self.config.through_zeros,
             )
         apart = _MASKED_APART if self.config.keep_zeros else None
         if not (self.config.embeddings and tied):

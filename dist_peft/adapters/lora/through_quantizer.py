@@ -22,6 +22,11 @@ A base that comes quantized (GPTQ, AWQ, compressed-tensors) has no other rows th
 These are ``W`` then, codes move on their own grid, whose scales and zeros stay
 (``quant.kept_grid``), and the first steps are plain LoRA's, whose updates are not rounded away.
 
+With ``adapter.through_zeros`` a second pair, QA-LoRA's (``adapters.qalora.layer``), moves the zeros
+of an integer base, which are fractions then::
+
+    zero = quantize(W + s B A).zero - s (Bz Az) / scale      Az [r, in / group], Bz [out, r]
+
 The gradient goes straight through the rounding (Bengio et al. 2013). What differs from quantization
 aware training with LoRA (axolotl's for NVFP4, LoTA-QAF): no rank has a dense merged weight, a dense
 gradient or another rank's rows.
@@ -35,6 +40,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.lora.layer import LoraLinear
 from dist_peft.adapters.low_rank.blocked_product import BLOCK_ROWS, add_blocked_product
+from dist_peft.adapters.low_rank.zero_points import move_packed_zeros
 from dist_peft.adapters.step_hooks import ParameterAccess
 from dist_peft.core.config.adapter_checks import NESTED_SCALES
 from dist_peft.core.config.through_options import ThroughStart
@@ -45,7 +51,7 @@ from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import make_finer_codec
 from dist_peft.quant.kept_grid import count_changed_codes, quantize_on_grid
 from dist_peft.quant.packed_rows import count_chunk_rows
-from dist_peft.quant.through_product import multiply_through
+from dist_peft.quant.through_product import ZeroFactors, multiply_through
 
 __all__ = [
     "FEW_MOVED",
@@ -54,6 +60,7 @@ __all__ = [
     "encode_by_blocks",
     "keep_rows_exactly",
     "require_codec",
+    "require_trainable_zeros",
     "resolve_start",
     "update_rows",
 ]
@@ -81,6 +88,7 @@ class ThroughLinear(LoraLinear):
             packed rows.
         num_changed: of such a base, weights of own rows whose code was another one than the base's
             when ``encode_own_rows`` last counted them.
+        zero_A, zero_B: ``[r, groups]``, ``[out, r]``, with ``train_zeros`` only.
     """
 
     keeps_base = False
@@ -89,13 +97,42 @@ class ThroughLinear(LoraLinear):
     own_span: Span
     own_rows: Tensor
     num_changed = 0
+    zero_A: nn.Parameter
+    zero_B: nn.Parameter
+
+    def train_zeros(self, device: torch.device | str = "meta") -> None:
+        """Add the pair that moves the zeros of groups."""
+        grid = self.base.codec.affine_rows
+        assert grid is not None
+        groups = -(-self.base.in_features // grid.group_size)
+        self._add_meta_parameter("zero_A", (self.spec.r, groups), device, train=True)
+        shape_b = (self.base.out_features, self.spec.r)
+        self._add_meta_parameter("zero_B", shape_b, device, train=True)
+
+    @property
+    def trains_zeros(self) -> bool:
+        """Whether a pair moves the zeros."""
+        return "zero_A" in self.shapes
+
+    def _draw_initial_values(self, name: str) -> Tensor:
+        """``A`` as LoRA's, the pair of the zeros as QA-LoRA's."""
+        if name == "zero_B":
+            return torch.zeros(self.shapes[name])
+        if name != "zero_A":
+            return super()._draw_initial_values(name)
+        bound = self.base.in_features**-0.5
+        value = torch.empty(self.shapes[name])
+        return value.uniform_(-bound, bound, generator=self._make_generator(name))
 
     def forward(self, x: Tensor, *, is_change: bool = False) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of ``x``; there is no change alone."""
         assert not is_change, "the base's bytes are trained"
         if self.start == "lora":
             return super().forward(x)
-        base, spec = self.base, self.spec
+        base, spec, zeros = self.base, self.spec, None
+        if self.trains_zeros:
+            assert base.codec.affine_rows is not None
+            zeros = ZeroFactors(self.zero_A, self.zero_B, base.codec.affine_rows.group_size)
         y = multiply_through(
             x,
             base.packed,
@@ -104,6 +141,7 @@ class ThroughLinear(LoraLinear):
             codec=base.codec,
             scaling=spec.scaling,
             dtype=spec.arithmetic,
+            zeros=zeros,
         )
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
@@ -138,7 +176,13 @@ class ThroughLinear(LoraLinear):
 
     @torch.no_grad()
     def encode_own_rows(
-        self, A: Tensor, B: Tensor, device: torch.device, *, count: bool = False
+        self,
+        A: Tensor,
+        B: Tensor,
+        device: torch.device,
+        *,
+        zeros: tuple[Tensor, Tensor] | None = None,
+        count: bool = False,
     ) -> Tensor:
         """Return this rank's rows of ``quantize(W + s B A)``, ``uint8 [rows, row_bytes]``.
 
@@ -146,16 +190,14 @@ class ThroughLinear(LoraLinear):
             A: whole, ``[r, in]``, float32.
             B: own rows, ``[len(own_span), r]``, float32.
             device: where rows are encoded.
+            zeros: ``zero_A``, whole, and own rows of ``zero_B``.
             count: of a packed base, count the codes that changed.
 
         Raises:
             UserError: the codec cannot hold the values.
         """
-        right = A.to(device, torch.float32) * self.spec.scaling
-        # rows of other ranks stay zero: a row of a product depends on no other one
-        left = B.new_zeros(self.base.out_features, B.shape[1])
-        left[self.own_span.slice] = B
-
+        left, right = self._widen_factors(A, B, device)
+        moved = None if zeros is None else self._widen_factors(*zeros, device)
         self.num_changed = 0
         base, grid = self.base, self.base.codec.affine_rows
 
@@ -163,7 +205,11 @@ class ThroughLinear(LoraLinear):
             own = self.own_rows[span.shifted_by(-self.own_span.start).slice]
             kept = own.to(device, non_blocking=True)
             if base.stored is None:
-                return base.codec.quantize_to_packed(add_blocked_product(kept, left, right, span))
+                merged = add_blocked_product(kept, left, right, span)
+                packed = base.codec.quantize_to_packed(merged)
+                if moved is None or grid is None:
+                    return packed
+                return move_packed_zeros(packed, *moved, span, grid, base.in_features)
             assert grid is not None
             rows = base.codec.dequantize_rows(kept, base.in_features, torch.float32)
             merged = add_blocked_product(rows, left, right, span)
@@ -173,11 +219,18 @@ class ThroughLinear(LoraLinear):
             return packed
 
         try:
-            return encode_by_blocks(self.base, self.own_span, encode_chunk, device)
+            return encode_by_blocks(base, self.own_span, encode_chunk, device)
         except ValueError as error:
             raise UserError(
                 f"{self.path}: rows of W + s B A cannot be quantized: {error}; lower train.lr"
             ) from None
+
+    def _widen_factors(self, A: Tensor, B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``[out, r]``, of which rows of other ranks are zero since a row of a product depends on
+        no other one, and ``s A`` on ``device``."""
+        left = B.new_zeros(self.base.out_features, B.shape[1])
+        left[self.own_span.slice] = B
+        return left, A.to(device, torch.float32) * self.spec.scaling
 
 
 def encode_by_blocks(
@@ -271,6 +324,24 @@ def require_codec(name: str, module: FrozenLinear) -> None:
         )
 
 
+def require_trainable_zeros(name: str, module: FrozenLinear) -> None:
+    """Refuse a linear without zeros that a pair could move.
+
+    Raises:
+        UserError: it is not of integers, or its files keep its zeros.
+    """
+    if module.stored is not None:
+        raise UserError(
+            f"adapter.through_zeros: the zeros of {name} are those of the files of base.path; give "
+            "the unquantized base with base.quant, or leave through_zeros out"
+        )
+    if module.codec.affine_rows is None:
+        raise UserError(
+            f"adapter.through_zeros trains zeros of an integer base, but {name} is stored as "
+            f"{module.codec.name}, which has none; set base.quant.kind: int, or leave it out"
+        )
+
+
 def update_rows(
     layers: Iterable[tuple[str, nn.Module]], access: ParameterAccess, *, count: bool = False
 ) -> None:
@@ -286,7 +357,11 @@ def update_rows(
             if isinstance(layer, ThroughLinear) and layer.start != "lora":
                 A = access.gather_parameter(f"{path}.lora_A")
                 B = access.gather_matching_rows(f"{path}.lora_B", layer.base.packed)
-                rows = layer.encode_own_rows(A, B, access.device, count=count)
+                zeros = None
+                if layer.trains_zeros:
+                    Bz = access.gather_matching_rows(f"{path}.zero_B", layer.base.packed)
+                    zeros = (access.gather_parameter(f"{path}.zero_A"), Bz)
+                rows = layer.encode_own_rows(A, B, access.device, zeros=zeros, count=count)
                 encoded.append(layer)
                 yield RowUpdate(layer.base, "packed", rows)
 

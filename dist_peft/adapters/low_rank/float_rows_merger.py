@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.codec_defaults import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts, AffineRows
 
 __all__ = ["FloatRowsMerger", "find_weight_shape"]
 
@@ -47,6 +47,12 @@ class FloatRowsMerger:
     def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Return the rows that were quantized: ``rows`` themselves."""
         return rows
+
+    def finish_packed_rows(
+        self, weight: str, packed: Tensor, span: Span, rows: AffineRows | None, columns: int
+    ) -> Tensor:
+        """Return ``packed``: no zeros were trained."""
+        return packed
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> Never:
         """Refuse, as ``compute_group_change`` does.

@@ -18,6 +18,10 @@ most ``2^-24 |zero'|``, and is rounded again to a possible value of ``zero``::
     integers (rtn, GPTQ)    to an integer: the very zero if |zero'| < 2^23
     float16 (HQQ)           to float16: the very zero if |zero'| < 2^12 |zero|, |zero| >= 2^-14
 
+Packed rows keep zeros in fp16. Where these are trained (``adapter.through_zeros``), ``zero'`` is
+rounded to fp16 and to a multiple of ``2^-14`` in the forward pass already (``move_packed_zeros``),
+and an export copies it.
+
 Integer zeros cannot hold the adapter. Rounding ``zero'`` to an integer changes a group only where
 ``|D| > scale / 2``, while adapters change weights by a small part of a step:
 ``measure_lost_share`` says how much of the adapter that erases.
@@ -25,11 +29,18 @@ Integer zeros cannot hold the adapter. Rounding ``zero'`` to an integer changes 
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
-from dist_peft.quant.codec_defaults import AffineParts
+from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
+from dist_peft.core.span import Span
+from dist_peft.quant.codec_defaults import AffineParts, AffineRows
 
-__all__ = ["measure_lost_share", "merge_into_zeros", "unmerge_from_zeros"]
+__all__ = ["measure_lost_share", "merge_into_zeros", "move_packed_zeros", "unmerge_from_zeros"]
+
+_FINEST = 2.0**14
+"""Trained zeros are multiples of one over this, so that ``code - zero`` is exact in float32: then
+``code scale + bias`` is the same number as ``(code - zero) scale``, to the last bit."""
 
 _INTEGERS_END = 2.0**23
 """float32 has steps of 1 from here on."""
@@ -58,6 +69,32 @@ def unmerge_from_zeros(parts: AffineParts, change: Tensor, *, integer: bool) -> 
             raise ValueError("the adapter moved a zero beyond 2^23: its fraction is lost")
         zero = zero.round()
     return parts._replace(zero=zero.half())
+
+
+def move_packed_zeros(
+    packed: Tensor, B: Tensor, A: Tensor, span: Span, rows: AffineRows, in_features: int
+) -> Tensor:
+    """Return packed rows ``span`` with ``B A`` in their fp16 zeros: the same bytes at any cut.
+
+    Args:
+        packed: ``uint8 [len(span), row_bytes]``.
+        B: ``[out, r]``, of the whole matrix.
+        A: ``[r, groups]``, scaled, on the device of ``packed``.
+        span: which rows these are.
+        rows: how they are split (``Codec.affine_rows``).
+        in_features: columns.
+
+    Raises:
+        ValueError: a zero is beyond fp16, NaN or infinite.
+    """
+    none = torch.zeros(len(span), A.shape[1], device=packed.device)
+    parts = rows.split_packed_rows(packed, in_features)
+    zero = merge_into_zeros(parts, add_blocked_product(none, B, A, span)).zero
+    zero = (zero * _FINEST).round_().div_(_FINEST).half()
+    if not bool(torch.isfinite(zero).all()):
+        row = span.start + int((~torch.isfinite(zero)).any(1).nonzero()[0])
+        raise ValueError(f"a zero of row {row} is beyond float16")
+    return rows.join_packed_rows(parts._replace(zero=zero), in_features)
 
 
 def measure_lost_share(pieces: Iterable[tuple[AffineParts, Tensor]], bits: int) -> float:

@@ -27,7 +27,7 @@ def check_adapter_options(adapter: AdapterConfig, solver: str, layer_decay: floa
         ValueError: a base of that solver has other zeros than the pruned one, which are to be kept;
             or there is nothing in the blocks that rates could be for.
     """
-    if isinstance(adapter, LoraConfig) and adapter.keep_zeros and solver != "rtn":
+    if isinstance(adapter, LoraConfig) and adapter.keep_zeros and solver in ("hqq", "gptq"):
         raise ValueError(
             f"adapter.keep_zeros: base.quant.solver {solver} need not store a zero as zero, so "
             "that pruned weights would be trained; use solver: rtn, kind: nf4 or quant: null"

@@ -50,11 +50,11 @@ class QuantConfig(ConfigSection):
         "ones share one packed copy. Logits then carry the error of a quantized head: compare "
         "held-out losses.",
     )
-    solver: Literal["rtn", "hqq", "gptq"] = Field(
+    solver: Literal["rtn", "hqq", "gptq", "absmax"] = Field(
         "rtn",
         description="int only: how codes are chosen. rtn: round to nearest. hqq: float zeros of "
         "least error, without calibration. gptq: least error of each layer's output on text from "
-        "data.train.",
+        "data.train. absmax: round to nearest in groups that are symmetric around 0, as in GGUF.",
     )
     calibration_samples: Count = Field(
         128, description="gptq only: calibration sequences for the Hessians."

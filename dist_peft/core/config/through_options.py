@@ -31,11 +31,27 @@ class ThroughConfig(ConfigSection):
         0.3, gt=0, lt=1, description="Share of the steps that through_start is for."
     )
 
+    through_zeros: bool = Field(
+        False,
+        description="through_quantizer, base.quant.kind int: a second pair of rank r, QA-LoRA's, "
+        "moves the zeros of the groups, which are fractions then. For 2 and 3 bits, and formats "
+        "with float zeros: mlx, hf-metal, gguf.",
+    )
+
     @model_validator(mode="after")
     def _check_start_is_used(self) -> Self:
         if self.through_start in ("8bit", "lora") and not self.through_quantizer:
             raise ValueError(
                 f"through_start: {self.through_start} is for through_quantizer: true; set it, or "
                 "leave out through_start"
+            )
+        if self.through_zeros and not self.through_quantizer:
+            raise ValueError(
+                "through_zeros is for through_quantizer: true; set it, or leave out through_zeros"
+            )
+        if self.through_zeros and self.through_start == "lora":
+            raise ValueError(
+                "through_zeros moves zeros that are encoded in each step, and with through_start: "
+                "lora the first steps encode nothing; use none or 8bit"
             )
         return self

@@ -6,6 +6,9 @@ Linears of the blocks are stored in one of::
     Q8_0    32 weights: fp16 d, 32 int8             w = d q        d = max |w| / 127
     F16
 
+Q8_0 keeps 8-bit codes that were trained through the quantizer with ``base.quant.solver: absmax``,
+whose zeros are 128: ``w = d (q - 128)``, to the last bit.
+
 From an integer base with the adapter in its zeros, Q4_1 keeps codes and scales and rounds only
 ``m`` to fp16; codes of 2 and 3 bits fit, groups are split into blocks of 32. Embeddings, head and
 linears whose ``in`` is not a multiple of 32 are stored in the run's compute type, norms and biases
@@ -34,6 +37,7 @@ from dist_peft.export.formats.groups import BiasGroups, convert_to_bias_groups, 
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import WriteResult
 from dist_peft.export.stopping import read_turn_end_ids
+from dist_peft.quant.codec_defaults import AffineParts
 from dist_peft.quant.packed_rows import divide_exactly
 from dist_peft.store.fileio import (
     make_temporary_name,
@@ -42,9 +46,10 @@ from dist_peft.store.fileio import (
     write_exactly,
 )
 
-__all__ = ["pack_q4_1_blocks", "pack_q8_0_blocks", "write_gguf_file"]
+__all__ = ["pack_q4_1_blocks", "pack_q8_0_blocks", "pack_symmetric_codes", "write_gguf_file"]
 
 BLOCK = 32
+_MIDDLE = 128
 _IGNORED = np.dtype(np.float32)  # the writer ignores it if a GGML type is passed
 
 _Kind = gguf.GGMLQuantizationType
@@ -227,6 +232,9 @@ def _encode_rows(
         stored = pack_q4_1_blocks(
             convert_to_bias_groups(parts, weight.num_columns, BLOCK, torch.float16)
         )
+    elif kind == _Kind.Q8_0 and walk.state == "trained":
+        parts = walk.read_affine_parts(weight, span)
+        stored = pack_symmetric_codes(parts, weight.num_columns)
     else:
         rows = walk.read_merged_rows(weight, span)
         if not weight.is_block_linear:
@@ -249,6 +257,24 @@ def pack_q4_1_blocks(groups: BiasGroups) -> Tensor:
     payload = codes[:, :, 0] | codes[:, :, 1] << 4
     ends = torch.stack((groups.scale, groups.bias), -1).half().view(torch.uint8)
     return torch.cat((ends, payload), -1).flatten(1)
+
+
+def pack_symmetric_codes(parts: AffineParts, columns: int) -> Tensor:
+    """Pack 8-bit codes whose zeros are 128 to Q8_0, uint8 [n, in / 32 * 34]; nothing is rounded.
+
+    Raises:
+        UserError: another zero.
+    """
+    if bool((parts.zero != _MIDDLE).any()):
+        raise UserError(
+            "gguf Q8_0 has no zeros, and the run has others than those of base.quant.solver: "
+            "absmax (adapter.through_zeros trains them): use --type f16"
+        )
+    rows, groups = parts.scale.shape
+    codes = (parts.codes ^ _MIDDLE)[:, :columns].reshape(rows, -1, BLOCK)  # as int8, less 128
+    repeat = parts.codes.shape[1] // groups // BLOCK
+    scale = parts.scale.repeat_interleave(repeat, 1)[:, : codes.shape[1], None].contiguous()
+    return torch.cat((scale.view(torch.uint8), codes), -1).flatten(1)
 
 
 def pack_q8_0_blocks(rows: Tensor) -> Tensor:

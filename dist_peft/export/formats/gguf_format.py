@@ -84,6 +84,18 @@ def _is_read_by_transformers(file: Path) -> bool:
     return name in _READ_BY_TRANSFORMERS and not experts
 
 
+def _find_kept_type(job: ExportSpec) -> str | None:
+    """Return the type whose blocks hold the run's codes as they are; None: none does."""
+    codec, quant = job.integer_codec, job.base.quant
+    if job.codes_state is None or codec is None or codec.group_size % 32:
+        return None
+    if codec.bits <= 4:
+        return "q4_1"
+    # Q8_0 has signed codes and no zeros
+    symmetric = quant is not None and quant.solver == "absmax"
+    return "q8_0" if job.trained_codes and symmetric else None
+
+
 class GgufExport(PackedExport):
     """A file of llama.cpp, in Q4_1, Q8_0 or F16."""
 
@@ -103,14 +115,8 @@ class GgufExport(PackedExport):
             raise UserError("format gguf needs the gguf package; pip install 'dist_peft[export]'")
         from dist_peft.export.formats.gguf_file import write_gguf_file
 
-        codec = job.integer_codec
-        fits = (
-            job.codes_state is not None
-            and codec is not None
-            and codec.bits <= 4
-            and codec.group_size % 32 == 0
-        )
-        kind = job.options.get(TYPE.key) or ("q4_1" if fits else "q8_0")
+        kind = job.options.get(TYPE.key) or ("q4_1" if _find_kept_type(job) == "q4_1" else "q8_0")
+        kept = job.codes_state is not None and kind in ("q4_1", _find_kept_type(job))
         file = job.out if job.out.suffix == ".gguf" else job.out / f"model-{kind}.gguf"
         is_directory = file.parent == job.out
         if is_directory:
@@ -118,7 +124,7 @@ class GgufExport(PackedExport):
         elif file.is_dir() or (file.exists() and not job.overwrite):
             raise UserError(f"{file} exists; choose another file, or replace it with --overwrite")
         with (
-            job.open_weights(job.codes_state if kind == "q4_1" else None) as walk,
+            job.open_weights(job.codes_state if kept else None) as walk,
             tempfile.TemporaryDirectory() as scratch,
             publish_directory(job.out) if is_directory else nullcontext(file.parent) as out,
         ):
@@ -128,7 +134,6 @@ class GgufExport(PackedExport):
             written = write_gguf_file(
                 walk, kind, out / file.name, Path(scratch), job.directory.name, job.compute_dtype
             )
-        kept = job.codes_state is not None and kind == "q4_1"
         as_trained = job.pooled or job.into == "decoded" or job.base.quant is None
         done = "merged"
         if kept:

@@ -56,8 +56,8 @@ def quantize_integer_zeros(
     if walk.state != "codes" and not torch.equal(zero, own):
         raise UserError(
             f"the base's zeros are fractions (such as {float(own[zero != own][0]):.3f} in "
-            f"{weight.name}), which base.quant.solver hqq produces, and this format has integer "
-            "zeros: choose mlx, hf-metal or gguf, or a base of solver rtn or gptq"
+            f"{weight.name}), which base.quant.solver hqq and adapter.through_zeros produce, and "
+            "this format has integer zeros: choose mlx, hf-metal or gguf"
         )
     return AffineParts(parts.codes[:, : weight.num_columns], parts.scale, zero.to(torch.uint8))
 
@@ -120,6 +120,8 @@ class IntegerZeroExport(PackedExport):
             return None
         if rows is None:
             return "needs an integer base with a separate adapter (or --merge --lossy)"
+        if run.limits.fractional_zeros:
+            return "adapter.through_zeros trains zeros that are not integers"
         return None if rows.has_integer_zeros else "hqq produces zeros that are not integers"
 
     def explain_no_adapter(self) -> str:

@@ -14,11 +14,13 @@ from dist_peft.adapters.lora.through_quantizer import (
     ThroughLinear,
     keep_rows_exactly,
     require_codec,
+    require_trainable_zeros,
     resolve_start,
     update_rows,
 )
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
+from dist_peft.export.formats.groups import convert_to_bias_groups
 from dist_peft.model.frozen_linear import FrozenLinear, WeightRows
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant import packed_rows
@@ -117,6 +119,73 @@ def test_codes_of_a_packed_base_move_on_its_own_grid(codec: AffineCodec) -> None
         assert torch.equal(
             WeightRows(linear, base[span.slice]).to_packed(change), trained[span.slice]
         )
+
+
+def encode_with_zeros(codec: Codec, parts: int, factor: float = 1.0) -> Tensor:
+    (W, A, B), (Az, Bz) = draw_values(), draw_zero_pair(codec)
+    found = []
+    for index in range(parts):
+        layer, span = build_layer(codec), row_span(OUT, parts, index)
+        layer.train_zeros("cpu")
+        layer.prepare_base_rows(W[span.slice].clone(), span, lambda t: t)
+        zeros = (Az, factor * Bz[span.slice])
+        found.append(layer.encode_own_rows(A, B[span.slice], CPU, zeros=zeros))
+    return torch.cat(found)
+
+
+def draw_zero_pair(codec: Codec) -> tuple[Tensor, Tensor]:
+    generator, grid = torch.Generator().manual_seed(1), codec.affine_rows
+    assert grid is not None
+    A = torch.randn(RANK, IN // grid.group_size, generator=generator)
+    return A, torch.randn(OUT, RANK, generator=generator) * 0.02
+
+
+@pytest.mark.parametrize("codec", [AffineCodec(2, 32), AffineCodec(3, 16, "hqq")], ids=str)
+def test_trained_zeros_hold_the_change_of_their_groups_at_any_cut(codec: AffineCodec) -> None:
+    """Codes and scales are those without the pair; a merge of the files gives the same bytes."""
+    (W, A, B), (Az, Bz) = draw_values(), draw_zero_pair(codec)
+    whole, plain = encode_with_zeros(codec, 1), encode(codec, 1)
+    for parts in (2, 3, 7):
+        assert torch.equal(encode_with_zeros(codec, parts), whole)
+    own, found, unmoved = (
+        codec.split_packed_rows(packed, IN)
+        for packed in (plain, whole, encode_with_zeros(codec, 3, 0.0))
+    )
+    exact = {"rtol": 0, "atol": 0.0 if codec.has_integer_zeros else 2**-15}
+    torch.testing.assert_close(unmoved.zero, own.zero, **exact)
+    assert torch.equal(own.codes, found.codes) and torch.equal(own.scale, found.scale)
+    wanted = own.zero.double() - SCALING * (Bz.double() @ Az.double()) / own.scale.double()
+    torch.testing.assert_close(found.zero.double(), wanted, rtol=2**-11, atol=2**-15)
+    assert torch.equal((found.zero.double() * 2**14).round(), found.zero.double() * 2**14)
+    groups = convert_to_bias_groups(found._replace(zero=found.zero.float()), IN, 16, torch.float32)
+    assert torch.equal(groups.dequantize(), codec.dequantize_rows(whole, IN, torch.float32))
+    extra = {"m.zero_A": Az, "m.zero_B": Bz}
+    merger = LoraMerger({"m": LoraTensors(A, B, SCALING, None, False, None)}, None, extra, True)
+    for span in Span(0, OUT).split_into_chunks(50):
+        rows = merger.compute_encoded_rows("m.weight", W[span.slice], span)
+        packed = codec.quantize_to_packed(rows)
+        moved = merger.finish_packed_rows("m.weight", packed, span, codec, IN)
+        assert torch.equal(moved, whole[span.slice])
+    with pytest.raises(UserError, match=r"moves the zeros of \d+ groups .* belongs to"):
+        merger.finish_packed_rows("m.weight", packed, span, AffineCodec(2, 64), IN)
+
+
+def test_the_pair_of_the_zeros_starts_without_a_change_and_needs_integers() -> None:
+    layer = build_layer(AffineCodec(2, 32))
+    assert not layer.trains_zeros
+    layer.train_zeros("cpu")
+    assert layer.trains_zeros and layer.shapes["zero_A"] == (RANK, IN // 32)
+    assert not layer.init_rows("zero_B", Span(0, OUT)).any()
+    A = layer.init_rows("zero_A", Span(0, RANK))
+    assert 0 < float(A.abs().max()) <= IN**-0.5
+    require_trainable_zeros("m", layer.base)
+    with pytest.raises(UserError, match=r"stored as nf4, which has none"):
+        require_trainable_zeros("m", build_layer(Nf4Codec(64, double_quant=False)).base)
+    layer.base.stored = layer.base  # any reader of packed rows
+    with pytest.raises(UserError, match=r"zeros of m are those of the files"):
+        require_trainable_zeros("m", layer.base)
+    with pytest.raises(UserError, match=r"m: rows of W .* a zero of row 0 is beyond float16"):
+        encode_with_zeros(AffineCodec(2, 32), 1, 1e7)
 
 
 def test_a_run_is_warned_where_the_grid_of_a_packed_base_hides_its_updates(
