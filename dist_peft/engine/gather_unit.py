@@ -120,6 +120,8 @@ class GatherUnit:
         self.has_backward = False
         self.calls = 0
         """Forwards of its modules that have begun and not ended."""
+        self.has_some_rows = False
+        """Whether the rows of some tokens are there (``engine.embedding_rows``)."""
         self.pending: list[tuple[Tensor, dist.Work | None]] | None = None
 
     def start_all_gather(self) -> None:
@@ -154,10 +156,10 @@ class GatherUnit:
         if self.pending is not None:
             self._wait_for_collectives()  # which still write
             self.whole = True
-        if self.whole:
+        if self.whole or self.has_some_rows:
             for slot in self.slots:
                 slot.free_full_tensor()
-        self.whole = False
+        self.whole = self.has_some_rows = False
 
     def _wait_for_collectives(self) -> list[Tensor]:
         assert self.pending is not None

@@ -19,7 +19,8 @@ are freed, which autograd does not notice: the storage is resized, as FSDP2 does
 own.
 
 Large parameters outside of the blocks are gathered in place (``engine.gather_unit``), so that there
-is never a buffer next to a whole embedding.
+is never a buffer next to a whole head. Of an embedding on a CPU only the rows of the tokens are
+gathered (``engine.embedding_rows``).
 
 Packed rows are gathered as stored: scales inside, nothing dequantized, any dtype, uneven rows.
 """
@@ -36,7 +37,9 @@ from dist_peft.core.config.engine import EngineConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from dist_peft.engine.chunk_gather import all_gather_chunks
+from dist_peft.engine.embedding_rows import EmbeddingRows, can_look_up_rows
 from dist_peft.engine.gather_unit import GatherUnit, ShardedParameter
+from dist_peft.engine.mesh import list_end_modules
 from dist_peft.engine.outer_units import MIN_UNIT_BYTES, OuterUnit, list_outer_units
 from dist_peft.engine.routed_gather import RoutedUnit, register_routed_hooks
 from dist_peft.model.experts import ExpertStack, FrozenExperts
@@ -125,13 +128,13 @@ class RowShardedParameters:
 
     def shard_outer_units(self, model: nn.Module) -> list[nn.Parameter]:
         """Plan the shards of the units outside of the blocks alone; return their parameters."""
-        head = model.get_output_embeddings()  # type: ignore[operator]
         units = list_outer_units(model)
         for unit in units:
-            self._shard_outer_unit(unit, head)
+            self._shard_outer_unit(unit, model)
         return [parameter for unit in units for parameter in unit.parameters]
 
-    def _shard_outer_unit(self, unit: OuterUnit, head: nn.Module | None) -> None:
+    def _shard_outer_unit(self, unit: OuterUnit, model: nn.Module) -> None:
+        embedding, *heads = list_end_modules(model)
         slots, in_place = [], []
         for parameter in unit.parameters:
             size = parameter.numel() * parameter.element_size()
@@ -143,7 +146,10 @@ class RowShardedParameters:
         gathered = GatherUnit(slots, self, in_place)
         self._outer.append(gathered)
         for module in unit.modules:
-            self._register_outer_hooks(module, gathered, is_head=module is head)
+            if len(slots) == 1 and can_look_up_rows(module, embedding):
+                self._register_lookup_hooks(module, gathered)
+            else:
+                self._register_outer_hooks(module, gathered, is_head=module in heads)
 
     def shard_experts(self, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
         """Plan the shards of the blocks' experts alone; return their stacks.
@@ -294,6 +300,28 @@ class RowShardedParameters:
 
         module.register_forward_pre_hook(before_forward)
         module.register_forward_hook(after_forward)
+
+    def _register_lookup_hooks(self, module: nn.Module, unit: GatherUnit) -> None:
+        """Hook an embedding, whose backward, if it has any, does not read the table."""
+        rows = EmbeddingRows(unit.slots[0], self)
+
+        def before_forward(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor] | None:
+            unit.calls += 1
+            if len(inputs) == 1 and not unit.whole and unit.pending is None:
+                numbers = rows.gather_rows(inputs[0])
+                if numbers is not None:
+                    unit.has_some_rows = True
+                    return (numbers,)
+            unit.wait_gathered()
+            return None
+
+        def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+            unit.calls -= 1
+            if not unit.calls:
+                unit.free_full_tensors()
+
+        module.register_forward_pre_hook(before_forward)
+        module.register_forward_hook(after_forward, always_call=True)
 
     def _register_outer_hooks(self, module: nn.Module, unit: GatherUnit, is_head: bool) -> None:
         """Hook a module of a unit outside of the blocks; others may share it or contain it."""

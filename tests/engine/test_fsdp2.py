@@ -16,6 +16,7 @@ from tests.support.tiny_engines import (
     assert_same,
     assert_same_bits,
     batch,
+    embedding_bytes,
     filled,
     padded_bytes,
     train,
@@ -68,21 +69,22 @@ def test_shared_decodes_have_the_same_bits() -> None:
 
 @pytest.mark.dist
 def test_bytes_gathered_are_packed_bytes_times_passes() -> None:
-    """Blocks travel for forward and for backward; the embedding once, as its backward needs no
-    weight; the head and the root (the last norm) stay in between."""
+    """Blocks travel for forward and for backward; rows of the embedding once, as its backward needs
+    no weight; the head and the root (the last norm) stay in between."""
     ranks, micro_steps = 3, 2
     expected = micro_steps * (
         2 * padded_bytes(ranks, "blocks.")
         + padded_bytes(ranks, "head.")
-        + padded_bytes(ranks, "embedding.")
         + padded_bytes(ranks, "last")
     )
-    for outcome in run_ranks(train, ranks, EngineConfig(), 2):
-        assert outcome.gathered == [expected] * 3
+    rows = [embedding_bytes(ranks, rank, 2) for rank in range(ranks)]
+    for own, outcome in zip(rows, run_ranks(train, ranks, EngineConfig(), 2), strict=True):
+        assert outcome.gathered == [expected + each for each in own]
     kept = sum(padded_bytes(ranks, f"blocks.{n}.") for n in (0, 1))
     once = expected - (2 * micro_steps - 1) * kept
-    for outcome in run_ranks(train, ranks, EngineConfig(keep_gathered=2), 2):
-        assert outcome.gathered == [once] * 3
+    found = run_ranks(train, ranks, EngineConfig(keep_gathered=2), 2)
+    for own, outcome in zip(rows, found, strict=True):
+        assert outcome.gathered == [once + each for each in own]
 
 
 def _local_bytes(world: World) -> int:

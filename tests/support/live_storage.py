@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from torch import Tensor
 
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
 from dist_peft.app.resolved_config import ResolvedConfig
@@ -127,13 +128,13 @@ def _count_own_bytes(built: LoadedModel, parameter: torch.nn.Parameter) -> int:
     return own.numel() * own.element_size()
 
 
-def _make_labelled_batch(config: RunConfig, classes: int) -> LabelledBatch:
+def _make_labelled_batch(ids: Tensor, classes: int) -> LabelledBatch:
     """Sequences of which one is whole and one has a token of padding."""
-    sequences, length = config.train.micro_batch, config.data.seq_len
+    sequences, length = ids.shape
     mask = torch.ones(sequences, length, dtype=torch.long)
     mask[1, -1] = 0
     return LabelledBatch(
-        torch.full((sequences, length), 5),
+        ids,
         torch.ones(sequences, 1, dtype=torch.long),
         torch.arange(length).expand(sequences, -1),
         torch.arange(sequences),
@@ -147,7 +148,9 @@ def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, coun
     length, sequences = config.data.seq_len, config.train.micro_batch
     half = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)])
     for number in range(count):
-        ids = torch.full((sequences, length), 5)
+        # different tokens, as a plan counts rows of the embedding
+        table = built.model.get_input_embeddings()  # type: ignore[operator]
+        ids = (torch.arange(sequences * length) % table.num_embeddings).view(sequences, length)
         labels = ids.clone()
         labels[:, -1] = -100
         places = half.expand(sequences, -1).contiguous()
@@ -155,7 +158,7 @@ def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, coun
         objective: Objective[Any] = TokenObjective()
         if built.setup.skeleton.head is not None:
             objective = ClassificationObjective()
-            batch = _make_labelled_batch(config, len(built.setup.skeleton.head.labels))
+            batch = _make_labelled_batch(ids, len(built.setup.skeleton.head.labels))
         built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
         if (section := config.train.scheduled_sampling) is not None:
             sampling = ScheduledSampling(section, config.train.seed)

@@ -175,6 +175,21 @@ def padded_bytes(parts: int, prefix: str, learns: bool = True, align: int = 1) -
     return total
 
 
+def embedding_bytes(parts: int, rank: int, micro: int) -> list[int]:
+    """Bytes of the embedding that ``rank`` gets in each step of ``train``: the rows of its tokens,
+    or the whole table where all ranks ask for as much as that."""
+    row, padded, found = 4 * WIDTH, -(-VOCAB // parts) * parts, []
+    for step in range(3):
+        shares = [batch(step)[r::parts].split(micro) for r in range(parts)]
+        total = 0
+        for rows in zip(*shares, strict=True):
+            wanted = [len(ids.unique()) for ids in rows]
+            takes_rows = sum(wanted) * (row + 8) < parts * padded * row
+            total += (wanted[rank] if takes_rows else padded) * row
+        found.append(total)
+    return found
+
+
 def assert_same(outcome: Outcome, expected: Outcome) -> None:
     torch.testing.assert_close(
         torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=1e-6, atol=0
