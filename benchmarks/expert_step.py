@@ -1,11 +1,13 @@
 """CPU time of a training step on mixtures of experts: experts dequantized together and one by one.
 
     python benchmarks/expert_step.py [--repeats 9] [--mixtures tiny middle wide]
+        [--lora attention experts]
 
-Both sides are the same model (NF4, LoRA of rank 8 on attention, activation checkpointing) and the
-same tokens in one process, and take turns; seconds are the process's own. ``one by one`` is the
-loop that this program had before: a count of every expert read on the host, then each of them with
-tokens dequantized and multiplied alone. Losses are compared for equality.
+Both sides are the same model (NF4, LoRA of rank 8 on attention or on experts, activation
+checkpointing) and the same tokens in one process, and take turns; seconds are the process's own.
+``one by one`` is the loop that this program had before: a count of every expert read on the host,
+then each of them with tokens dequantized and multiplied alone, or with LoRA on experts the factors
+of each of them multiplied by autograd nodes of its own. Losses are compared for equality.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from dist_peft.adapters.lora import expert_layer
 from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.world import World
@@ -31,6 +34,7 @@ from dist_peft.model import experts as experts_module
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.frozen_matmul import matmul_fp32_accumulate
 from dist_peft.quant.grouped_matmul import RowGroups
+from dist_peft.quant.trainable_products import apply_low_rank
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
 
@@ -41,6 +45,13 @@ MIXTURES = {
     "wide": (512, 1024, 8, 2, 512),
 }
 """Hidden size, an expert's inner size, experts, experts of a token, tokens."""
+
+
+TARGETS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "experts": ["experts"],
+}
+"""What has LoRA."""
 
 
 class _OneByOne(torch.autograd.Function):
@@ -85,13 +96,27 @@ def multiply_one_by_one(
     return result
 
 
+def change_one_by_one(
+    x: Tensor, A: Tensor, B: Tensor, groups: RowGroups, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    experts = len(groups.counts)
+    factors = (
+        A.view(experts, -1, A.shape[1]).unbind(0),
+        B.view(B.shape[0], -1, experts).unbind(2),
+    )
+    parts = zip(x.split(list(groups.counts)), *factors, strict=True)
+    return torch.cat([apply_low_rank(*own, scaling, dtype) for own in parts if len(own[0])])
+
+
 @contextmanager
-def use_product(side: str) -> Iterator[None]:
-    own = experts_module.frozen_grouped_matmul
-    if side == "one by one":
+def use_product(side: str, lora: str) -> Iterator[None]:
+    own = experts_module.frozen_grouped_matmul, expert_layer.apply_grouped_low_rank
+    if side == "one by one" and lora == "attention":
         experts_module.frozen_grouped_matmul = multiply_one_by_one
+    elif side == "one by one":
+        expert_layer.apply_grouped_low_rank = change_one_by_one
     yield
-    experts_module.frozen_grouped_matmul = own
+    experts_module.frozen_grouped_matmul, expert_layer.apply_grouped_low_rank = own
 
 
 def make_mixture(directory: Path, hidden: int, inner: int, experts: int, chosen: int) -> None:
@@ -111,7 +136,7 @@ def make_mixture(directory: Path, hidden: int, inner: int, experts: int, chosen:
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
 
 
-def measure_mixture(name: str, dtype: str, repeats: int) -> dict[str, Any]:
+def measure_mixture(name: str, dtype: str, lora: str, repeats: int) -> dict[str, Any]:
     """Return seconds of each side's steps, and their losses."""
     *sizes, tokens = MIXTURES[name]
     with tempfile.TemporaryDirectory() as scratch:
@@ -119,7 +144,7 @@ def measure_mixture(name: str, dtype: str, repeats: int) -> dict[str, Any]:
         config = run_config(
             Path(scratch),
             base={"compute_dtype": dtype},
-            adapter={"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+            adapter={"r": 8, "target_modules": TARGETS[lora]},
         )
         built = load_weights(build_model(resolve_config(config)), World(), CPU)
     call = built.setup_optimizer(make_optimizer_factory(config.train, CPU))
@@ -132,7 +157,7 @@ def measure_mixture(name: str, dtype: str, repeats: int) -> dict[str, Any]:
     losses: dict[str, float] = {}
     for repeat in range(repeats + 2):
         for side, found in seconds.items():
-            with use_product(side):
+            with use_product(side, lora):
                 begin = time.process_time()
                 built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
                 loss = objective.compute_loss(built.model, batch, CPU, call) / 1000
@@ -148,19 +173,21 @@ def measure_mixture(name: str, dtype: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, default=list(MIXTURES))
+    parser.add_argument("--lora", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows, result = [], {}
-    for name in args.mixtures:
-        for dtype in ("float32", "bfloat16"):
-            found = measure_mixture(name, dtype, args.repeats)
-            result[f"{name} {dtype}"] = found
-            middle = {side: statistics.median(s) for side, s in found["cpu_s"].items()}
-            milliseconds = [1000 * seconds for seconds in middle.values()]
-            ratio = milliseconds[1] / milliseconds[0]
-            rows.append([name, dtype, *milliseconds, f"{ratio:.2f}"])
-    print_table(["mixture", "type", "together: CPU ms", "one by one", "ratio"], rows)
+    for lora in args.lora:
+        for name in args.mixtures:
+            for dtype in ("float32", "bfloat16"):
+                found = measure_mixture(name, dtype, lora, args.repeats)
+                result[f"{name} {dtype}, LoRA on {lora}"] = found
+                middle = {side: statistics.median(s) for side, s in found["cpu_s"].items()}
+                milliseconds = [1000 * seconds for seconds in middle.values()]
+                ratio = milliseconds[1] / milliseconds[0]
+                rows.append([name, dtype, lora, *milliseconds, f"{ratio:.2f}"])
+    print_table(["mixture", "type", "LoRA on", "together: CPU ms", "one by one", "ratio"], rows)
     write_result("expert_step", result)
 
 

@@ -144,8 +144,12 @@ def _find_unused_engine_options(config: RunConfig, engine: str, device: str) -> 
             f"engine.keep_results {section.keep_results} has no effect: "
             "engine.activation_checkpointing is false, so that everything is kept"
         )
-    if section.gather_experts == "routed" and engine != "single" and not section.shard_base:
-        yield "engine.gather_experts routed has no effect: engine.shard_base is false"
+    gathers_all = section.gather_experts == "all"
+    if not gathers_all and engine != "single" and not section.shard_base:
+        yield (
+            f"engine.gather_experts {section.gather_experts} has no effect: engine.shard_base is "
+            "false"
+        )
     if section.offload_inputs and (device == "cpu" or not section.activation_checkpointing):
         reason = (
             "the run computes on the CPU, so everything is in host memory"

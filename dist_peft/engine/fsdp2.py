@@ -106,6 +106,7 @@ class Fsdp2Engine:
             self.shard_group,
             device,
             resting_device=torch.device("cpu") if config.cpu_offload == "params" else device,
+            experts=config.gather_experts,
         )
         """Frozen parameters outside of the blocks."""
         self._counter = _CountingAllGather()
@@ -126,7 +127,7 @@ class Fsdp2Engine:
         ignored = set(list_unread_parameters(model).values())
         if self.config.shard_base:
             ignored |= set(self.outer.shard_outer_units(model))
-            if self.config.gather_experts == "routed":
+            if self.config.gather_experts != "all":
                 ignored |= set(self.outer.shard_experts(blocks))
         else:
             ignored |= {p for p in model.parameters() if not p.requires_grad}

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_peft.core.span import Span, row_span
+
 __all__ = ["ALIGN_BYTES", "GatherOwner", "GatherUnit", "ShardedParameter"]
 
 ALIGN_BYTES = 16
@@ -42,17 +44,25 @@ class ShardedParameter:
         parts: number of ranks.
         in_place: its place also holds the padding of the last ranks' rows, so that an all-gather
             can write to it.
+        together: so many rows are never cut; a divisor of all.
     """
 
-    def __init__(self, meta: nn.Parameter, parts: int, in_place: bool = False) -> None:
-        self.parameter = meta
+    def __init__(
+        self, meta: nn.Parameter, parts: int, in_place: bool = False, together: int = 1
+    ) -> None:
+        self.parameter, self.parts, self.together = meta, parts, together
         self.shape, self.dtype, self.requires_grad = meta.shape, meta.dtype, meta.requires_grad
         self.nbytes = meta.numel() * meta.element_size()
         self.row_bytes = self.nbytes // meta.shape[0] if meta.shape[0] else 0
-        self.part = self.row_bytes * -(-meta.shape[0] // parts)
+        self.part = self.row_bytes * len(self.get_row_span(0))
         self.capacity = parts * self.part if in_place else self.nbytes
         self.local = torch.empty(0, dtype=torch.uint8)
         self.bytes = self.local
+
+    def get_row_span(self, index: int) -> Span:
+        """Return the rows of rank ``index``."""
+        span = row_span(self.shape[0] // self.together, self.parts, index)
+        return Span(span.start * self.together, span.stop * self.together)
 
     def fill_local_rows(self, rows: Tensor, device: torch.device | None = None) -> nn.Parameter:
         """Store ``rows`` and return the parameter, whole in shape and empty in storage.

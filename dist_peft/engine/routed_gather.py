@@ -221,8 +221,8 @@ class _RoutedHooks:
         routed = self.experts.mark_routed_experts(*inputs)
         if owner.parts > 1:
             dist.all_reduce(routed, dist.ReduceOp.MAX, group=owner.group)
-        found: list[int] = routed.nonzero().flatten().tolist()
-        return tuple(found)
+        marks: list[int] = routed.tolist()
+        return tuple(expert for expert, mark in enumerate(marks) if mark)
 
     def after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         unit, gathered = self.unit, self.unit.gathered

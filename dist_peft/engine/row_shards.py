@@ -26,7 +26,7 @@ Packed rows are gathered as stored: scales inside, nothing dequantized, any dtyp
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,17 +35,21 @@ from torch.autograd import Variable
 
 from dist_peft.core.config.engine import EngineConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.span import Span, row_span
+from dist_peft.core.span import Span
 from dist_peft.engine.chunk_gather import all_gather_chunks
 from dist_peft.engine.embedding_rows import EmbeddingRows, can_look_up_rows
 from dist_peft.engine.gather_unit import GatherUnit, ShardedParameter
 from dist_peft.engine.mesh import list_end_modules
 from dist_peft.engine.outer_units import MIN_UNIT_BYTES, OuterUnit, list_outer_units
 from dist_peft.engine.routed_gather import RoutedUnit, register_routed_hooks
+from dist_peft.engine.token_exchange import OwnedStack, TokenExchange
 from dist_peft.model.experts import ExpertStack, FrozenExperts
 from dist_peft.model.parameter_readers import list_unread_parameters
 
-__all__ = ["RowShardedParameters"]
+__all__ = ["ExpertChoice", "RowShardedParameters"]
+
+ExpertChoice = Literal["all", "routed", "tokens"]
+"""Values of ``engine.gather_experts``."""
 
 
 class RowShardedParameters:
@@ -62,7 +66,8 @@ class RowShardedParameters:
         keep_gathered: number of blocks, from the first on, that stay whole once they have been
             gathered: frozen rows do not change.
         resting_device: where rows rest, by default ``device``.
-        routed_experts: gather only experts that tokens are routed to (``engine.routed_gather``).
+        experts: all are gathered with their block; or ``routed`` ones (``engine.routed_gather``);
+            or none, as ``tokens`` travel (``engine.token_exchange``).
     """
 
     def __init__(
@@ -71,16 +76,17 @@ class RowShardedParameters:
         device: torch.device,
         keep_gathered: int = 0,
         resting_device: torch.device | None = None,
-        routed_experts: bool = False,
+        experts: ExpertChoice = "all",
     ) -> None:
         self.group, self.device, self.keep_gathered = group, device, keep_gathered
         self.resting_device = resting_device or device
         self.parts, self.index = group.size(), group.rank()
         self.bytes_gathered = 0
         self._slots: dict[int, ShardedParameter] = {}
-        self.routed_experts = routed_experts
+        self.experts: ExpertChoice = experts
         self._outer: list[GatherUnit] = []
         self._routed: list[RoutedUnit] = []
+        self._owned: list[OwnedStack] = []
         self._blocks: list[GatherUnit] = []
         self._root: list[GatherUnit] = []
         self._ending = False
@@ -90,15 +96,14 @@ class RowShardedParameters:
         cls, config: EngineConfig, group: dist.ProcessGroup, device: torch.device
     ) -> "RowShardedParameters":
         """Make them for a whole model as section ``engine`` says."""
-        is_routed = config.gather_experts == "routed"
-        return cls(group, device, config.keep_gathered, routed_experts=is_routed)
+        return cls(group, device, config.keep_gathered, experts=config.gather_experts)
 
     # -- filling -------------------------------------------------------------------------------
 
     def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Plan the shards of ``model`` (parameters on meta) and hook its modules."""
         self.shard_outer_units(model)
-        if self.routed_experts:
+        if self.experts != "all":
             self.shard_experts(blocks)
         unread = list_unread_parameters(model)
         homes: dict[int, list[int]] = {}
@@ -160,20 +165,38 @@ class RowShardedParameters:
         found: list[nn.Parameter] = []
         for block in blocks:
             for module in (m for m in block.modules() if isinstance(m, FrozenExperts)):
-                stacks = [m.packed for m in module.modules() if isinstance(m, ExpertStack)]
-                slots = [ShardedParameter(packed, self.parts) for packed in stacks]
-                self._slots |= {id(packed): s for packed, s in zip(stacks, slots, strict=True)}
-                unit = RoutedUnit(slots, module.num_experts, self)
-                previous = self._routed[-1] if self._routed else None
-                register_routed_hooks(block, module, unit, previous)
-                self._routed.append(unit)
-                found += stacks
+                stacks = [m for m in module.modules() if isinstance(m, ExpertStack)]
+                if self.experts == "tokens":
+                    slots = self._own_experts(module, stacks)
+                else:
+                    slots = self._route_experts(block, module, stacks)
+                packed = [stack.packed for stack in stacks]
+                self._slots |= {id(p): slot for p, slot in zip(packed, slots, strict=True)}
+                found += packed
         if not found:
             raise UserError(
-                "engine.gather_experts: routed is for mixtures of experts, and base.path is none; "
-                "leave it out"
+                f"engine.gather_experts: {self.experts} is for mixtures of experts, and base.path "
+                "is none; leave it out"
             )
         return found
+
+    def _route_experts(
+        self, block: nn.Module, module: FrozenExperts, stacks: Sequence[ExpertStack]
+    ) -> Sequence[ShardedParameter]:
+        slots = [ShardedParameter(stack.packed, self.parts) for stack in stacks]
+        unit = RoutedUnit(slots, module.num_experts, self)
+        previous = self._routed[-1] if self._routed else None
+        register_routed_hooks(block, module, unit, previous)
+        self._routed.append(unit)
+        return slots
+
+    def _own_experts(
+        self, module: FrozenExperts, stacks: Sequence[ExpertStack]
+    ) -> Sequence[ShardedParameter]:
+        slots = [OwnedStack(stack, self) for stack in stacks]
+        module.exchange = TokenExchange(module, self)
+        self._owned += slots
+        return slots
 
     def allocate_resting(self, size: int) -> Tensor:
         """Return bytes where rows rest; bytes not filled are padding, never read."""
@@ -188,6 +211,7 @@ class RowShardedParameters:
     def resting_tensors(self) -> list[Tensor]:
         """The rows of this rank, as bytes, unit by unit, padding included."""
         routed = [tensor for unit in self._routed for tensor in unit.resting_tensors]
+        routed += [slot.local for slot in self._owned]
         units = [*self._blocks, *self._outer, *self._root]
         return [*(unit.local for unit in units), *routed]
 
@@ -200,7 +224,7 @@ class RowShardedParameters:
         return id(parameter) in self._slots
 
     def local_row_span(self, parameter: Tensor) -> Span:
-        return row_span(parameter.shape[0], self.parts, self.index)
+        return self._slots[id(parameter)].get_row_span(self.index)
 
     def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         """Put this rank's rows into ``owner.name``."""

@@ -14,8 +14,9 @@ other weight::
 
 A rank's rows of a stack can begin and end within an expert. Whole stacks are gathered with their
 block, whichever experts the tokens chose, or the experts that tokens of any rank were routed to
-(``engine.routed_gather``), so that all ranks call the same collectives;
-*dequantized* are only those that got tokens, a few at a time (``quant.grouped_matmul``).
+(``engine.routed_gather``), so that all ranks call the same collectives; or a rank's rows are whole
+experts, which stay, and tokens come to them (``engine.token_exchange``). *Dequantized* are only
+those that got tokens, a few at a time (``quant.grouped_matmul``).
 
 The files have a tensor for each expert and projection, or the stack itself. ``pieces`` maps rows to
 tensors. gpt-oss stores a stack transposed, ``[E, in, out]``: its rows are columns there.
@@ -27,21 +28,23 @@ Families may gate in another way (gpt-oss: rows of gate and up in turn, clamped)
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 from dist_peft.model.frozen_linear import FrozenWeight, PrequantizedLinear
-from dist_peft.quant.assumed_device import get_assumed_device
 from dist_peft.quant.codec import Codec
-from dist_peft.quant.grouped_matmul import RowGroups, frozen_grouped_matmul
+from dist_peft.quant.grouped_matmul import RowGroups, count_sorted, frozen_grouped_matmul
 from dist_peft.store.reader import RowReader
 
 __all__ = [
+    "ExpertExchange",
     "ExpertStack",
     "FrozenExperts",
     "Pieces",
+    "RowRoutes",
     "ScaledInputExperts",
     "StackPiece",
     "StoredPieces",
@@ -104,10 +107,14 @@ class ExpertStack(FrozenWeight):
         pieces: where the rows are in the files; set when the model is built.
         is_transposed: the parameter of ``transformers`` is ``[E, in, out]``, as is an unquantized
             tensor in the files.
+        own_rows: packed rows of ``own_experts``, where this rank computes these alone
+            (``ExpertExchange``); None: ``packed`` has those of all experts.
     """
 
     pieces: Pieces = ()
     is_transposed: bool = False
+    own_rows: nn.Parameter | None = None
+    own_experts: Span = Span(0, 0)
 
     def __init__(
         self,
@@ -124,7 +131,10 @@ class ExpertStack(FrozenWeight):
 
     def forward(self, x: Tensor, groups: RowGroups) -> Tensor:
         """Multiply ``x`` [n, in], whose rows are sorted by expert, to [n, out]."""
-        return frozen_grouped_matmul(x, self.packed, self.codec, self.in_features, groups)
+        packed: Tensor = self.packed
+        if self.own_rows is not None and len(self.own_experts):
+            packed, groups = self.own_rows, groups.select(self.own_experts)
+        return frozen_grouped_matmul(x, packed, self.codec, self.in_features, groups)
 
     def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read rows of the stack; of each tensor that holds some of them, only these are read."""
@@ -177,6 +187,45 @@ class ExpertStack(FrozenWeight):
         )
 
 
+class RowRoutes(Protocol):
+    """Where the rows of one call of experts are computed.
+
+    Attributes:
+        groups: of the caller's rows.
+    """
+
+    groups: RowGroups
+
+    def compute_at_owners(
+        self,
+        x: Tensor,
+        groups: RowGroups,
+        compute: Callable[[Tensor, RowGroups, Tensor], Tensor],
+    ) -> Tensor:
+        """Return the results ``[n, H]`` of ``x`` [n, H], both sorted as ``groups`` says.
+
+        Args:
+            groups: the routes' own, with tokens.
+            compute: computes rows of this rank's experts, which come from all ranks; gets also the
+                expert of each.
+        """
+        ...
+
+
+class ExpertExchange(Protocol):
+    """Has the rows of experts computed by the ranks that keep them (``engine.token_exchange``).
+
+    Attributes:
+        bytes_exchanged: received by this rank so far.
+    """
+
+    bytes_exchanged: int
+
+    def plan_routes(self, counts: Tensor, assumed_rows: int) -> RowRoutes:
+        """Tell all ranks how many rows each expert gets; see ``RowGroups.read_counts``."""
+        ...
+
+
 class FrozenExperts(nn.Module):
     """Replacement of a ``transformers`` experts module with the same forward signature.
 
@@ -186,7 +235,12 @@ class FrozenExperts(nn.Module):
         act_fn: between them, for the usual ``act(gate) * up``.
         apply_gate: another function of the first product, ``[n, 2I]`` to ``[n, I]``, in its place.
         bias_dtype: type of the biases ``[E, 2I]`` and ``[E, H]``; None: there are none.
+
+    Attributes:
+        exchange: sends rows to other ranks; None: this rank computes its own.
     """
+
+    exchange: ExpertExchange | None = None
 
     def __init__(
         self,
@@ -223,13 +277,14 @@ class FrozenExperts(nn.Module):
         chosen = top_k_index.flatten()
         by_expert, order = chosen.sort(stable=True)
         tokens = order // top_k_index.shape[1]
-        groups = RowGroups.from_sorted(by_expert, self.num_experts)
+        groups, routes = self._group_rows(count_sorted(by_expert, self.num_experts), len(tokens))
         groups = groups.with_tokens(tokens, len(hidden_states))
         x = hidden_states[tokens]
-        y = self._multiply(x, groups, by_expert)
+        y = self._multiply_at_owners(x, groups, routes, by_expert)
         # back in the tokens' order: a sum over k is deterministic, where adding to an index
         # is not on a GPU
-        y = y[order.argsort()].view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
+        y = y[order.argsort()].view(*top_k_index.shape, y.shape[-1])
+        y = y * top_k_weights.unsqueeze(-1)
         return y.sum(1).to(hidden_states.dtype)
 
     def mark_routed_experts(self, *inputs: Tensor) -> Tensor:
@@ -242,6 +297,20 @@ class FrozenExperts(nn.Module):
         """Return how many tokens ``inputs`` of a forward have, and experts each of them."""
         tokens, chosen = inputs[1].shape
         return tokens, chosen
+
+    def _group_rows(self, counts: Tensor, assumed_rows: int) -> tuple[RowGroups, RowRoutes | None]:
+        """Read the ``counts`` [E] of rows, the only copy to the host in a call."""
+        if self.exchange is None:
+            return RowGroups.read_counts(counts, assumed_rows), None
+        routes = self.exchange.plan_routes(counts, assumed_rows)
+        return routes.groups, routes
+
+    def _multiply_at_owners(
+        self, x: Tensor, groups: RowGroups, routes: RowRoutes | None, chosen: Tensor
+    ) -> Tensor:
+        if routes is None:
+            return self._multiply(x, groups, chosen)
+        return routes.compute_at_owners(x, groups, self._multiply)
 
     def _multiply(self, x: Tensor, groups: RowGroups, chosen: Tensor) -> Tensor:
         """Both products of ``x`` [n, H], sorted by expert; ``chosen`` [n]: the expert of a row."""
@@ -273,14 +342,15 @@ class ScaledInputExperts(FrozenExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """``[E * n, H]``, the tokens of expert 0, then those of expert 1, to the same shape."""
         tokens = len(hidden_states) // self.num_experts
-        if get_assumed_device() is None:
-            kept = hidden_states.detach().any(1).nonzero().squeeze(1)
-        else:  # no values: as if one expert was chosen for each token
-            kept = torch.arange(tokens, device=hidden_states.device)
+        is_chosen = hidden_states.detach().any(1)
+        counts = is_chosen.view(self.num_experts, tokens).sum(1)
+        groups, routes = self._group_rows(counts, tokens)  # traced: one expert for each token
+        # the indices of the chosen rows, whose number is known
+        order = is_chosen.to(torch.uint8).argsort(descending=True, stable=True)
+        kept = order[: groups.num_rows]
         chosen = kept // tokens
-        groups = RowGroups.from_sorted(chosen, self.num_experts)
         groups = groups.with_tokens(kept % tokens, tokens)
-        y = self._multiply(hidden_states[kept], groups, chosen)
+        y = self._multiply_at_owners(hidden_states[kept], groups, routes, chosen)
         return y.new_zeros(hidden_states.shape).index_copy(0, kept, y)
 
     def mark_routed_experts(self, *inputs: Tensor) -> Tensor:

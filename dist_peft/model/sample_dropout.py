@@ -96,8 +96,18 @@ class SampleDropout(nn.Module):
         ``tokens`` [n], in any order and repeated: ``[n, features]``."""
         if self.p == 0 or not self.training:
             return x
-        a, c = self._find_position_keys(count, x.device)
-        keys = self._join_keys(a[tokens], c[tokens], x)
+        return self.drop_keyed_rows(x, self.find_row_keys(tokens, count))
+
+    def find_row_keys(self, tokens: Tensor, count: int) -> Tensor:
+        """Return ``a`` and ``c`` of ``tokens`` [n], of the micro-batch's ``count``: int32
+        ``[n, 2]``. All dropouts of a model have the same."""
+        a, c = self._find_position_keys(count, tokens.device)
+        return torch.cat((a[tokens], c[tokens]), 1)
+
+    def drop_keyed_rows(self, x: Tensor, row_keys: Tensor) -> Tensor:
+        """``drop_rows`` of rows ``x`` ``[n, features]`` with the keys of their tokens ``[n, 2]``,
+        which may be another rank's."""
+        keys = self._join_keys(row_keys[:, :1], row_keys[:, 1:], x)
         dropped: Tensor = _KeepElements.apply(x, self._keep_elements(x, keys), keys.probability)
         return dropped
 

@@ -71,7 +71,8 @@ def search_plans(
     if cluster.ranks > 1:
         yield from _propose_kept_blocks(planned, cluster)
         yield from _propose_routed_experts(planned, cluster)
-    if cluster.ranks > 1 and config.engine.kind != "zero" and config.engine.cpu_offload == "none":
+    offloads = config.engine.cpu_offload == "none" and config.engine.gather_experts != "tokens"
+    if cluster.ranks > 1 and config.engine.kind != "zero" and offloads:
         yield from _propose_engine(planned, cluster, "cpu_offload", "params")
     for key, value in _list_recomputation_changes(config.engine):
         yield from _propose_engine(planned, cluster, key, value)
@@ -118,8 +119,8 @@ def _propose_engine(
 def _propose_kept_blocks(planned: PlannedModel, cluster: Cluster) -> list[Proposal]:
     """Propose to keep as many blocks gathered as leave 2 GiB of a card."""
     kept = planned.config.engine.keep_gathered
-    if planned.config.engine.gather_experts == "routed":
-        return []  # which excludes it
+    if planned.config.engine.gather_experts != "all":
+        return []  # which exclude it
     try:
         plan = plan_run(planned, cluster)
     except UserError:
@@ -137,7 +138,7 @@ def _propose_routed_experts(planned: PlannedModel, cluster: Cluster) -> list[Pro
     """Propose to gather the experts that tokens are routed to, where that saves a tenth or more."""
     engine = planned.config.engine
     is_mixture = any(isinstance(m, FrozenExperts) for m in planned.skeleton.model.modules())
-    if not is_mixture or engine.gather_experts == "routed" or engine.keep_gathered:
+    if not is_mixture or engine.gather_experts != "all" or engine.keep_gathered:
         return []
     update = {"engine": engine.model_copy(update={"gather_experts": "routed"})}
     changed = replace(planned, config=planned.config.model_copy(update=update))

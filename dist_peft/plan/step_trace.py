@@ -46,6 +46,7 @@ from dist_peft.data.loader import Batch
 from dist_peft.engine.activation_checkpointing import checkpoint_configured_blocks
 from dist_peft.engine.engine_protocol import Engine
 from dist_peft.engine.fake_ranks import fake_process_group
+from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.parameter_readers import is_never_read
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.plan.storage_tracker import Peak, StorageTracker
@@ -95,6 +96,8 @@ class StepTrace:
         reduced_gradients: gradients at the optimizer step, of all traced blocks.
         gathered: phase -> bytes received in all-gathers, of the last micro-batch.
         gathered_first: the same of the first one, in which blocks to be kept are gathered.
+        exchanged: bytes received of tokens that travel to their experts, among ``gathered``, of all
+            blocks and the last micro-batch.
         flops: phase -> floating point operations of products and attention, of one micro-batch.
         passes: forward passes of a micro-batch, without recomputation.
         kept_blocks: traced blocks that stay gathered over the passes of a step.
@@ -109,6 +112,7 @@ class StepTrace:
     reduced_gradients: int = 0
     gathered: Counter[str] = field(default_factory=Counter)
     gathered_first: Counter[str] = field(default_factory=Counter)
+    exchanged: int = 0
     flops: Counter[str] = field(default_factory=Counter)
     passes: int = 1
     kept_blocks: int = 0
@@ -167,6 +171,7 @@ def trace_step(
             )
             tracker = _StepTracker(trace, engine, packed=config.data.packing)
             trace.resting = tracker.add_resting_tensors(model)
+            exchanged = 0
             with tracker:
                 tracker.follow_blocks(kept)
                 for number in range(micro_batches):
@@ -183,12 +188,19 @@ def trace_step(
                     loss = objective.compute_loss(model, batch, CPU, call)
                     engine.backward(loss / 3, last=number == micro_batches - 1)
                     del loss
+                    trace.exchanged = _count_exchanged(model) - exchanged
+                    exchanged += trace.exchanged
                 tracker.relabel_phase("backward 0", "gradients", ("backward",))
                 tracker.enter_phase("step")
                 trace.reduced_gradients = tracker.live_by_purpose.get("gradients", 0)
                 engine.step(1e-4, config.train.max_grad_norm)
     trace.peaks = tracker.peaks
     return trace
+
+
+def _count_exchanged(model: nn.Module) -> int:
+    found = [m.exchange for m in model.modules() if isinstance(m, FrozenExperts)]
+    return sum(exchange.bytes_exchanged for exchange in found if exchange is not None)
 
 
 def count_forward_passes(config: RunConfig) -> int:

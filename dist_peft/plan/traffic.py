@@ -1,8 +1,10 @@
 """Bytes on the wire of an optimizer step, per rank and per link.
 
 Gathered bytes are counted by the engine itself in the traced step. A ring all-gather of ``B`` bytes
-over ``n`` ranks brings ``B (n - 1) / n`` to each; where the ranks of a shard group are on several
-nodes, each node must receive what its cards do not hold, ``B (m - 1) / m`` on ``m`` nodes, once.
+over ``n`` ranks brings ``B (n - 1) / n`` to each, as does an all-to-all of rows over even shares
+(``engine.gather_experts: tokens``, which counts as gathered); where the ranks of a shard group are
+on several nodes, each node must receive what its cards do not hold, ``B (m - 1) / m`` on ``m``
+nodes, once, and of the rows that travel to experts what each card has.
 """
 
 from dataclasses import dataclass
@@ -69,6 +71,9 @@ def plan_traffic(
     gathered = per_step // micro_batches
     per_step += adapters if config.engine.stage < 3 else 0
     across = per_step * (nodes - 1) // nodes + reduced * (nodes - 1) // nodes
+    # rows that travel to experts are each card's own
+    exchanged = micro_batches * (trace.exchanged * blocks // len(trace.blocks))
+    across += (min(shards, cluster.gpus_per_node) - 1) * exchanged * (nodes - 1) // nodes
     if replicas > 1 and shards <= cluster.gpus_per_node:
         # inside of a node every time, between nodes once a step
         across += 2 * 4 * trainable * (cluster.nodes - 1) // cluster.nodes
@@ -84,7 +89,10 @@ def _count_gathered(
     kept = min(config.engine.keep_gathered, blocks)
     kept_traced = count_kept_traced(kept, blocks, traced)
     # neither kept nor traced: in each forward pass and in backward
-    others = (trace.passes + 1) * block * (blocks - traced - (kept - kept_traced))
+    each = (trace.passes + 1) * block
+    if config.engine.activation_checkpointing:  # tokens travel in recomputation too
+        each += trace.exchanged // traced // (trace.passes + 2)
+    others = each * (blocks - traced - (kept - kept_traced))
     later = sum(trace.gathered.values()) + others
     if not trace.gathered_first:
         first = later + block * (kept - kept_traced)

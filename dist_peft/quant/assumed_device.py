@@ -9,7 +9,7 @@ Code that takes another way on another device, or whose work depends on values, 
     chunks of logits      of the assumed device's size
     panels of a packed    of the assumed device's size, and the first alone
     head
-    RowGroups.from_sorted equal shares: fake ids have no values
+    RowGroups             equal shares: fake counts have no values
 """
 
 from collections.abc import Iterator

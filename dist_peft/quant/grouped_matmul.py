@@ -34,7 +34,14 @@ from dist_peft.quant.frozen_matmul import check_packed_storage, matmul_fp32_accu
 from dist_peft.quant.kept_results import keep_result
 from dist_peft.quant.shared_decodes import get_block_decodes, hold_decode, take_decode
 
-__all__ = ["RowGroups", "frozen_grouped_matmul", "has_grouped_product"]
+__all__ = [
+    "RowGroups",
+    "can_group_products",
+    "count_sorted",
+    "frozen_grouped_matmul",
+    "has_grouped_product",
+    "multiply_in_one",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -55,12 +62,15 @@ class RowGroups:
         used: experts that have rows, in order, with these.
         tokens: the token of each row, long ``[n]``; None: not known.
         num_tokens: of the micro-batch.
+        keys: int32 ``[n, 2]``, by which dropout drops elements of the rows' tokens
+            (``model.sample_dropout``), where these are another rank's; None: ``tokens`` are known.
     """
 
     counts: tuple[int, ...]
     used: tuple[tuple[int, Span], ...]
     tokens: Tensor | None = field(default=None, compare=False)
     num_tokens: int = field(default=0, compare=False)
+    keys: Tensor | None = field(default=None, compare=False)
 
     @classmethod
     def from_counts(cls, counts: Sequence[int]) -> "RowGroups":
@@ -73,24 +83,36 @@ class RowGroups:
         return cls(tuple(counts), tuple(used))
 
     @classmethod
-    def from_sorted(cls, chosen: Tensor, experts: int) -> "RowGroups":
-        """Make the groups of rows whose experts are ``chosen`` [n], ascending: one copy to the
-        host.
+    def read_counts(cls, counts: Tensor, assumed_rows: int) -> "RowGroups":
+        """Make the groups of ``counts``, long ``[E]``: one copy to the host.
 
-        Where a device is assumed (``quant.assumed_device``) ids have no values: four experts or
-        fewer have equal shares.
+        Args:
+            assumed_rows: of all experts where a device is assumed (``quant.assumed_device``), as
+                numbers have no values there.
         """
         if get_assumed_device() is not None:
-            used, total = min(experts, 4), chosen.numel()
-            shares = [total * (i + 1) // used - total * i // used for i in range(used)]
-            return cls.from_counts(shares + [0] * (experts - used))
-        ids = torch.arange(experts, device=chosen.device)
-        ends: list[int] = torch.searchsorted(chosen, ids, right=True).tolist()
-        return cls.from_counts([e - s for s, e in zip([0, *ends], ends, strict=False)])
+            return cls.assume_shares(assumed_rows, Span(0, len(counts)), len(counts))
+        found: list[int] = counts.tolist()
+        return cls.from_counts(found)
+
+    @classmethod
+    def assume_shares(cls, num_rows: int, own: Span, experts: int) -> "RowGroups":
+        """Make groups in which four of the experts ``own`` or fewer have equal shares."""
+        used = min(len(own), 4)
+        shares = [num_rows * (i + 1) // used - num_rows * i // used for i in range(used)]
+        return cls.from_counts([0] * own.start + shares + [0] * (experts - own.start - used))
+
+    def select(self, experts: Span) -> "RowGroups":
+        """Return the groups of ``experts`` alone, which have all rows."""
+        return RowGroups.from_counts(self.counts[experts.slice])
 
     def with_tokens(self, tokens: Tensor, count: int) -> "RowGroups":
         """Return the same groups with the token of each row, of ``count`` in all."""
         return replace(self, tokens=tokens, num_tokens=count)
+
+    def with_keys(self, keys: Tensor | None) -> "RowGroups":
+        """Return the same groups with the keys of each row's token."""
+        return replace(self, keys=keys)
 
     @property
     def num_rows(self) -> int:
@@ -101,6 +123,13 @@ class RowGroups:
         """Yield ``used`` in parts of at most ``most`` experts."""
         for first in range(0, len(self.used), most):
             yield self.used[first : first + most]
+
+
+def count_sorted(chosen: Tensor, experts: int) -> Tensor:
+    """Count the rows of each expert, long ``[E]``, in their ``chosen`` experts [n], ascending."""
+    ids = torch.arange(experts, device=chosen.device)
+    ends = torch.searchsorted(chosen, ids, right=True)
+    return ends.diff(prepend=ends.new_zeros(1))
 
 
 def frozen_grouped_matmul(
@@ -175,11 +204,12 @@ def _multiply_groups(
 
     ``provide`` decodes the weights of some experts or has them (``quant.shared_decodes``).
     """
-    check_packed_storage(packed)
+    if groups.used:  # without rows nothing of it is read
+        check_packed_storage(packed)
     out = packed.shape[0] // len(groups.counts)
     kind = (get_assumed_device() or x.device).type
     elements = _CHUNK_ELEMENTS.get(kind, _CHUNK_ELEMENTS["cuda"])
-    in_one = _can_group(x, in_features, out)
+    in_one = can_group_products(x.device, x.dtype, (in_features, out))
     multiply = functional.linear if transpose else torch.matmul
     for chunk in groups.split_into_chunks(max(1, elements // max(1, out * in_features))):
         experts = tuple(expert for expert, _ in chunk)
@@ -193,7 +223,7 @@ def _multiply_groups(
             part = slice(chunk[0][1].start, chunk[-1][1].stop)
             ends = [own.stop - part.start for _, own in chunk]
             operand = weights.transpose(1, 2) if transpose else weights
-            result[part] = _multiply_in_one(x[part], operand, ends)
+            result[part] = multiply_in_one(x[part], operand, ends)
         else:
             for (_, own), weight in zip(chunk, weights.unbind(0), strict=True):
                 result[own.slice] = matmul_fp32_accumulate(multiply, x[own.slice], weight)
@@ -208,27 +238,37 @@ def _take_rows(packed: Tensor, out: int, experts: Sequence[int]) -> Tensor:
     return torch.cat([packed[expert * out : (expert + 1) * out] for expert in experts])
 
 
-def _multiply_in_one(x: Tensor, weights: Tensor, ends: Sequence[int]) -> Tensor:
-    """PyTorch's grouped product of ``x`` [n, k] with ``weights`` [E, k, m] -> [n, m]."""
+def multiply_in_one(x: Tensor, weights: Tensor, ends: Sequence[int]) -> Tensor:
+    """PyTorch's grouped product of rows, or of columns.
+
+    Args:
+        x: ``[n, k]`` with ``weights`` ``[E, k, m]``: rows before ``ends[e]`` of expert ``e``; or
+            ``[k, n]`` with ``weights`` ``[n, m]``, whose sums over ``n`` are cut in this way.
+        ends: of each expert, ascending.
+
+    Returns:
+        ``[n, m]``; or ``[E, k, m]``.
+    """
     offsets = torch.tensor(ends, dtype=torch.int32, device=x.device)
     result: Tensor = functional.grouped_mm(x, weights, offs=offsets)
     return result
 
 
-def _can_group(x: Tensor, in_features: int, out: int) -> bool:
-    """Whether one call multiplies all groups of ``x``."""
-    sizes = (in_features * x.element_size(), out * x.element_size())
-    if x.device.type == "cpu" or any(size % _ALIGN_BYTES for size in sizes):
+def can_group_products(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
+    """Whether one call multiplies all groups of operands whose rows have ``widths`` elements."""
+    if device.type == "cpu" or any(width * dtype.itemsize % _ALIGN_BYTES for width in widths):
         return False
-    return has_grouped_product(x.device.type, x.dtype)
+    return has_grouped_product(device.type, dtype)
 
 
 @functools.cache
 @torch.no_grad()
 def has_grouped_product(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's grouped product works with ``dtype`` on such a device, in both directions.
+    """Whether PyTorch's grouped product works with ``dtype`` on such a device: of rows with
+    matrices, in both directions, and of columns, which gives the gradients of matrices.
 
-    A trial with three groups, one of them empty, against a product each.
+    A trial with three groups, one of them empty (but for columns), against a product each. A trial
+    that fails is logged with its reason, once for a device and type.
     """
     generator = torch.Generator().manual_seed(0)
     x, weights = (
@@ -237,16 +277,30 @@ def has_grouped_product(device_type: str, dtype: torch.dtype) -> bool:
     )
     tolerance = 1e-5 if dtype.itemsize == 4 else 2e-2
     try:
-        y = _multiply_in_one(x, weights.transpose(1, 2), [8, 8, 24])
-        dx = _multiply_in_one(y, weights, [8, 8, 24])
+        y = multiply_in_one(x, weights.transpose(1, 2), [8, 8, 24])
+        dx = multiply_in_one(y, weights, [8, 8, 24])
+        sums = multiply_in_one(y.t(), x, [8, 24])
     except (RuntimeError, NotImplementedError, AttributeError) as error:
-        log.debug("grouped products of %s on %s: %s", dtype, device_type, error)
+        _explain_single_products(device_type, dtype, str(error))
         return False
     single = torch.cat([x[:8] @ weights[0].T, x[8:] @ weights[2].T])
     back = torch.cat([y[:8] @ weights[0], y[8:] @ weights[2]])
-    pairs = ((y, single), (dx, back))
-    return all(
-        float((got.float() - wanted.float()).abs().max())
-        <= tolerance * float(wanted.float().abs().max())
-        for got, wanted in pairs
+    added = torch.stack([y[:8].T @ x[:8], y[8:].T @ x[8:]])
+    for got, wanted in ((y, single), (dx, back), (sums, added)):
+        largest = float(wanted.float().abs().max())
+        difference = float((got.float() - wanted.float()).abs().max())
+        if not difference <= tolerance * largest:
+            reason = f"its results differ by {difference:.1e} of {largest:.1e}"
+            _explain_single_products(device_type, dtype, reason)
+            return False
+    return True
+
+
+def _explain_single_products(device_type: str, dtype: torch.dtype, reason: str) -> None:
+    log.warning(
+        "experts are multiplied one at a time, as PyTorch's grouped product of %s does not work on "
+        "%s: %s",
+        str(dtype).removeprefix("torch."),
+        device_type,
+        reason.strip().partition("\n")[0] or "no reason given",
     )

@@ -59,7 +59,10 @@ CASES: dict[str, dict[str, Any]] = {
 RUNS: Runs = {
     "fsdp2 2": (2, {"kind": "fsdp2"}, tuple(CASES)),
     "fsdp2 3": (3, {"kind": "fsdp2"}, ("mixtral",)),
+    "fsdp2 3, tokens": (3, {"kind": "fsdp2", "gather_experts": "tokens"}, tuple(CASES)),
     "zero 2": (2, {"kind": "zero", "stage": 2}, ("qwen2_moe",)),
+    "zero 2, tokens": (2, {"kind": "zero", "stage": 2, "gather_experts": "tokens"}, tuple(CASES)),
+    "zero 3, tokens": (2, {"kind": "zero", "stage": 3, "gather_experts": "tokens"}, tuple(CASES)),
     "zero 3": (2, {"kind": "zero", "stage": 3}, ("mixtral", "qwen3_moe")),
 }
 """Ranks, engine, families: rows of experts lie across ranks in all of them."""
@@ -110,6 +113,12 @@ def test_resumed_at_other_ranks(tmp_path: Path) -> None:
     assert first.bytes_gathered == pytest.approx(second.bytes_gathered, rel=1e-3)
 
 
+def test_resumed_without_travelling_tokens(tmp_path: Path) -> None:
+    """A checkpoint names neither ranks nor the way of the experts."""
+    make = partial(tree, tmp_path, "qwen2_moe")
+    check_resumes(tmp_path, make, 3, gather_experts="tokens")
+
+
 # -- choices ---------------------------------------------------------------------------------------
 
 
@@ -146,8 +155,8 @@ def routed(world: World, whole: dict[str, Any]) -> tuple[Outcome, int]:
 def routed_both_ways(
     world: World, whole: dict[str, Any], engine: dict[str, Any]
 ) -> list[tuple[Outcome, int]]:
-    """The same with all experts gathered, and with those that tokens are routed to."""
-    choices = ("all", "routed")
+    """The same with all experts gathered, with those that tokens are routed to, and with none."""
+    choices = ("all", "routed", "tokens")
     return [routed(world, {**whole, "engine": {**engine, "gather_experts": c}}) for c in choices]
 
 
@@ -162,13 +171,15 @@ def routed_both_ways(
 )
 def test_experts_that_nobody_chooses(ranks: int, engine: dict[str, Any], tmp_path: Path) -> None:
     """Ranks whose tokens share no expert call the same collectives; an expert that no token chose
-    has a gradient of zero, and with ``gather_experts: routed`` is not gathered: the same bits."""
+    has a gradient of zero, and with ``gather_experts: routed`` is not gathered: the same bits.
+    With ``tokens`` ranks get no row in some micro-batches: the same to rounding."""
     whole = tree(tmp_path, "mixtral", train__global_batch=6)
     expected, _ = routed(World(), whole)
-    for (outcome, all_bytes), (other, bytes_gathered) in run_ranks(
+    for (outcome, all_bytes), (other, bytes_gathered), (travelled, _) in run_ranks(
         routed_both_ways, ranks, whole, engine
     ):
         assert_same(outcome, expected)
+        assert_same(travelled, expected)
         assert other[0] == outcome[0]
         assert all(torch.equal(other[1][name], value) for name, value in outcome[1].items())
         # forward and backward of two layers, in three steps and one more: at least expert 3
@@ -259,6 +270,14 @@ REFUSED = {
     },
     "keep_gathered keeps whole blocks": {
         "engine": {"gather_experts": "routed", "keep_gathered": 1}
+    },
+    "tokens gathers no experts": {"engine": {"gather_experts": "tokens", "keep_gathered": 1}},
+    "tokens multiplies experts where they rest": {
+        "engine": {"gather_experts": "tokens", "cpu_offload": "params"}
+    },
+    "engine.gather_experts tokens multiplies rows of all ranks": {
+        "engine": {"gather_experts": "tokens"},
+        "train__exact": True,
     },
     "the experts of a mixture stay frozen": {"adapter": {"kind": "full"}},
     "is not quantized in advance": {

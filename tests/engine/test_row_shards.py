@@ -28,7 +28,7 @@ class Alone:
 
 
 def test_experts_of_a_model_without_them() -> None:
-    shards = RowShardedParameters(Alone(), CPU, routed_experts=True)  # type: ignore[arg-type]
+    shards = RowShardedParameters(Alone(), CPU, experts="routed")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="gather_experts: routed is for mixtures"):
         shards.shard_experts([nn.Linear(2, 2)])
 

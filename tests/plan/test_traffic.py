@@ -45,3 +45,18 @@ def test_what_crosses_nodes() -> None:
     assert kept.node_bytes == 2 * 4000 // 2
     alone = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(1, 1, 1))
     assert alone.gathered == alone.card_bytes == 0 and alone.micro_batches == 32
+
+
+def test_rows_that_travel_to_experts() -> None:
+    """Of 40 bytes a block and pass half are rows on their two ways: they travel in recomputation
+    too, and between nodes for each card."""
+    gathered = Counter({"embedding": 100, "forward 0": 80, "head": 140, "backward": 80})
+    trace = StepTrace((0, 1), {}, gathered=gathered, exchanged=2 * 60)
+    config = make_config(gather_experts="tokens")
+    found = plan_traffic(trace, 10, 1000, config, Cluster(2, 4, 1))
+    assert found.gathered == 400 + 8 * (2 * 40 + 20)
+    whole = 4 * found.gathered
+    assert found.node_bytes == (whole + 3 * 4 * 600) // 2 + 4 * 2000
+    plain = make_config(gather_experts="tokens", activation_checkpointing=False)
+    once = StepTrace((0, 1), {}, gathered=Counter({"forward 0": 80, "backward": 80}), exchanged=80)
+    assert plan_traffic(once, 10, 1000, plain, Cluster(1, 4, 1)).gathered == 160 + 8 * 80

@@ -6,7 +6,7 @@ import torch
 from dist_peft.core.span import Span
 from dist_peft.quant.assumed_device import assume_device, get_assumed_device
 from dist_peft.quant.cpu_products import has_fast_product
-from dist_peft.quant.grouped_matmul import RowGroups
+from dist_peft.quant.grouped_matmul import RowGroups, count_sorted
 from dist_peft.quant.kernels import choose_nf4_kernel
 from dist_peft.quant.packed_rows import list_row_chunks
 
@@ -34,12 +34,19 @@ def test_the_way_of_the_assumed_device() -> None:
     with assume_device(CUDA):
         assert list_row_chunks(1000, 2**16, CPU) == [Span(0, 64)]
         assert has_fast_product(CPU, torch.bfloat16)
-        assert RowGroups.from_sorted(chosen, 3).counts == (1, 1, 2)
-        assert RowGroups.from_sorted(chosen, 6).counts == (1, 1, 1, 1, 0, 0)
+        assert RowGroups.read_counts(count_sorted(chosen, 3), len(chosen)).counts == (1, 1, 2)
+        assert RowGroups.read_counts(count_sorted(chosen, 6), len(chosen)).counts == (
+            1,
+            1,
+            1,
+            1,
+            0,
+            0,
+        )
     with assume_device(CPU):
         assert list_row_chunks(1000, 2**16, CUDA) == own[:1]
     assert list_row_chunks(1000, 2**16, CPU) == own
-    assert RowGroups.from_sorted(chosen, 3).counts == (1, 0, 3)
+    assert RowGroups.read_counts(count_sorted(chosen, 3), len(chosen)).counts == (1, 0, 3)
 
 
 def test_bitsandbytes_decodes_on_an_assumed_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

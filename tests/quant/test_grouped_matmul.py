@@ -1,8 +1,11 @@
 """Products of sorted rows with packed weights of their own, several dequantized at a time."""
 
+import functools
+import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +15,13 @@ from torch.nn import functional
 from dist_peft.core.span import Span
 from dist_peft.quant import cpu_products, grouped_matmul
 from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.assumed_device import assume_device
 from dist_peft.quant.codec import Codec, RawCodec
 from dist_peft.quant.frozen_matmul import frozen_matmul
 from dist_peft.quant.grouped_matmul import (
     RowGroups,
+    can_group_products,
+    count_sorted,
     frozen_grouped_matmul,
     has_grouped_product,
 )
@@ -79,7 +85,7 @@ def test_one_call_for_all_groups(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         result: Tensor = own(x, weights, offs=offs)
         return result
 
-    monkeypatch.setattr(grouped_matmul, "_can_group", lambda x, columns, out: True)
+    monkeypatch.setattr(grouped_matmul, "can_group_products", lambda *operands: True)
     monkeypatch.setattr(functional, "grouped_mm", count_call)
     monkeypatch.setitem(grouped_matmul._CHUNK_ELEMENTS, "cpu", 2 * 40 * 96)
     torch.manual_seed(0)
@@ -92,24 +98,35 @@ def test_one_call_for_all_groups(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     assert calls == [2, 1, 2, 1]  # of forward and backward
 
 
-def test_a_trial_decides_about_the_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product that is wrong or absent is not used; a CPU and odd sizes never ask."""
+def test_a_trial_decides_about_the_one_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A product that is wrong or absent is not used, and a warning says why, once; a CPU and odd
+    sizes never ask."""
+    monkeypatch.setattr(logging.getLogger("dist_peft"), "propagate", True)
     try_product = has_grouped_product.__wrapped__
     assert try_product("cpu", torch.float32) and try_product("cpu", torch.bfloat16)
-    x = torch.zeros(2, 64, dtype=torch.bfloat16)
-    assert not grouped_matmul._can_group(x, 64, 64)
-    meta = x.to("meta")  # stands for a device
+    ask = partial(can_group_products, dtype=torch.bfloat16)
+    assert not ask(torch.device("cpu"), widths=(64, 64))
+    meta = torch.device("meta")  # stands for a device
     monkeypatch.setattr(grouped_matmul, "has_grouped_product", lambda kind, dtype: True)
-    assert grouped_matmul._can_group(meta, 64, 8) and not grouped_matmul._can_group(meta, 64, 12)
+    assert ask(meta, widths=(64, 8)) and not ask(meta, widths=(64, 12))
     own = functional.grouped_mm
     monkeypatch.setattr(functional, "grouped_mm", lambda *a, offs: own(*a, offs=offs).neg())
-    assert not try_product("cpu", torch.float32)
+    assert not caplog.messages and not try_product("cpu", torch.float32)
+    (message,) = caplog.messages
+    assert "grouped product of float32 does not work on cpu: its results differ by" in message
 
     def fail(*operands: Tensor, offs: Tensor) -> Tensor:
-        raise RuntimeError("no kernel for this device")
+        raise RuntimeError("no kernel for this device\nat line 7")
 
     monkeypatch.setattr(functional, "grouped_mm", fail)
-    assert not try_product("cpu", torch.float32)
+    ask_twice = functools.cache(try_product)
+    assert not ask_twice("cpu", torch.bfloat16) and not ask_twice("cpu", torch.bfloat16)
+    assert caplog.messages[1:] == [
+        "experts are multiplied one at a time, as PyTorch's grouped product of bfloat16 does not "
+        "work on cpu: no kernel for this device"
+    ]
 
 
 @dataclass(frozen=True)
@@ -140,13 +157,19 @@ def test_only_weights_with_rows_are_decoded_and_the_packed_object_is_kept() -> N
 
 
 def test_groups_of_sorted_ids() -> None:
-    groups = RowGroups.from_sorted(torch.tensor([0, 2, 2, 5]), 6)
+    counts = count_sorted(torch.tensor([0, 2, 2, 5]), 6)
+    groups = RowGroups.read_counts(counts, 0)
     assert groups.counts == (1, 0, 2, 0, 0, 1) and groups.num_rows == 4
     assert groups.used == ((0, Span(0, 1)), (2, Span(1, 3)), (5, Span(3, 4)))
     assert groups == RowGroups.from_counts(groups.counts)
     assert [len(part) for part in groups.split_into_chunks(2)] == [2, 1]
-    none = RowGroups.from_sorted(torch.zeros(0, dtype=torch.long), 3)
+    assert RowGroups.from_counts([0, 0, 2, 1, 0]).select(Span(2, 4)).counts == (2, 1)
+    none = RowGroups.read_counts(count_sorted(torch.zeros(0, dtype=torch.long), 3), 0)
     assert none.counts == (0, 0, 0) and none.num_rows == 0
+    with assume_device(torch.device("cpu")):
+        assert RowGroups.read_counts(counts, 9).counts == (2, 2, 2, 3, 0, 0)
+    assert RowGroups.assume_shares(9, Span(3, 5), 6).counts == (0, 0, 0, 4, 5, 0)
+    assert RowGroups.assume_shares(0, Span(6, 6), 6).counts == (0,) * 6
     codec = RawCodec(torch.float32)
     packed = codec.quantize_to_packed(torch.randn(6, IN))
     assert frozen_grouped_matmul(torch.zeros(0, IN), packed, codec, IN, none).shape == (0, 2)

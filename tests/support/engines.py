@@ -61,13 +61,16 @@ def check_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
     print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
 
 
-def check_resumes(directory: Path, make: Callable[..., dict[str, Any]], ranks: int) -> None:
+def check_resumes(
+    directory: Path, make: Callable[..., dict[str, Any]], ranks: int, **engine: Any
+) -> None:
     """Stopped on several ranks (fsdp2), a run goes on in one process as if nothing had happened.
 
     Leaves ``directory/whole`` and ``directory/cut``.
 
     Args:
         make: a configuration, with the given changes.
+        engine: further settings of the first part.
     """
     steps, stop = 4, 2
 
@@ -76,7 +79,10 @@ def check_resumes(directory: Path, make: Callable[..., dict[str, Any]], ranks: i
         return make(save=save, train__steps=steps, **changes)
 
     assert train(World(), short("whole")) == 0
-    assert run_ranks(train, ranks, short("cut", engine={"kind": "fsdp2"}), stop) == [75] * ranks
+    assert (
+        run_ranks(train, ranks, short("cut", engine={"kind": "fsdp2", **engine}), stop)
+        == [75] * ranks
+    )
     assert train(World(), short("cut")) == 0
     expected, found = losses(directory / "whole"), losses(directory / "cut")
     assert len(found) == steps and expected[-1] < expected[0]

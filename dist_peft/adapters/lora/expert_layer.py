@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.sample_dropout import SampleDropout
+from dist_peft.quant.grouped_low_rank import apply_grouped_low_rank
 from dist_peft.quant.grouped_matmul import RowGroups
 
 __all__ = ["LoraExperts"]
@@ -63,16 +64,15 @@ class LoraExperts(LowRankModule):
         y: Tensor = self.base(x, groups)
         if not self.is_enabled:
             return y
-        # cut once, so that backward puts the experts' gradients together once
-        A = self.lora_A.view(self.base.experts, self.spec.r, -1).unbind(0)
-        B = self.lora_B.view(-1, self.spec.r, self.base.experts).unbind(2)
         if self.dropout.p and self.training:
-            assert groups.tokens is not None, f"{self.path}: which tokens are dropped in?"
-            x = self.dropout.drop_rows(x, groups.tokens, groups.num_tokens)
-        rows = x.split(list(groups.counts))
-        factors = zip(rows, A, B, strict=True)
-        changes = [self._multiply_factors(*own) for own in factors if len(own[0])]
-        return (y + torch.cat(changes)).to(y.dtype)
+            if groups.keys is not None:
+                x = self.dropout.drop_keyed_rows(x, groups.keys)
+            else:
+                assert groups.tokens is not None, f"{self.path}: which tokens are dropped in?"
+                x = self.dropout.drop_rows(x, groups.tokens, groups.num_tokens)
+        settings = (groups, self.spec.scaling, self.spec.arithmetic)
+        change = apply_grouped_low_rank(x, self.lora_A, self.lora_B, *settings)
+        return (y + change).to(y.dtype)
 
     def _draw_initial_values(self, name: str) -> Tensor:
         """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""

@@ -42,11 +42,13 @@ class EngineConfig(ConfigSection):
         "micro-batch; each takes a whole block of memory. dist-peft plan --search proposes how "
         "many fit.",
     )
-    gather_experts: Literal["all", "routed"] = Field(
+    gather_experts: Literal["all", "routed", "tokens"] = Field(
         "all",
         description="Mixtures of experts on several ranks. all: a block's experts are gathered "
         "with it. routed: after the router, those that tokens of any rank were routed to, which "
-        "saves bytes where all ranks together have few tokens; dist-peft plan counts both.",
+        "saves bytes where all ranks together have few tokens. tokens: a rank keeps whole experts, "
+        "and tokens travel to them (expert parallelism); the same losses to rounding. dist-peft "
+        "plan counts all three.",
     )
     reduce_gradients: Literal["micro_batch", "step"] = Field(
         "micro_batch",
@@ -116,10 +118,20 @@ class EngineConfig(ConfigSection):
         return self
 
     @model_validator(mode="after")
-    def _check_routed(self) -> Self:
+    def _check_gathered_experts(self) -> Self:
         if self.gather_experts == "routed" and self.keep_gathered:
             raise ValueError(
                 "gather_experts: routed gathers experts for each micro-batch, and keep_gathered "
                 "keeps whole blocks; leave one of them out"
+            )
+        if self.gather_experts == "tokens" and self.keep_gathered:
+            raise ValueError(
+                "gather_experts: tokens gathers no experts, which keep_gathered would keep whole; "
+                "leave one of them out"
+            )
+        if self.gather_experts == "tokens" and self.cpu_offload == "params":
+            raise ValueError(
+                "gather_experts: tokens multiplies experts where they rest, and cpu_offload: "
+                "params has them rest in host memory; leave one of them out"
             )
         return self

@@ -22,6 +22,10 @@ _ALLOWED: dict[str, tuple[tuple[object, ...], str]] = {
         ("auto", "sdpa", "eager"),
         "is a library of its own, whose backward pass adds up in another order each time",
     ),
+    "engine.gather_experts": (
+        ("all", "routed"),
+        "multiplies rows of all ranks together, and sums the gradients of factors over them",
+    ),
     "engine.kernels": (
         ("own",),
         "is another package, whose sums have an order of their own in each of its versions",

@@ -289,6 +289,7 @@ class RunConfig(ConfigSection):
             "base.attention": self.base.attention,
             "engine.shard_group": self.engine.shard_group,
             "engine.cpu_offload": self.engine.cpu_offload,
+            "engine.gather_experts": self.engine.gather_experts,
             "engine.kernels": self.engine.kernels,
             "engine.deepspeed_config": self.engine.deepspeed_config,
             "train.optimizer": self.train.optimizer,

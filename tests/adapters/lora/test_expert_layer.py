@@ -1,13 +1,16 @@
 """LoRA on stacks of experts against the definition, and its start."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.core.span import Span
-from dist_peft.model.experts import ExpertStack
+from dist_peft.model.experts import ExpertStack, FrozenExperts, ScaledInputExperts
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant.codec import RawCodec
 from dist_peft.quant.grouped_matmul import RowGroups
@@ -74,6 +77,55 @@ def test_dropout_is_that_of_the_tokens(layer: LoraExperts) -> None:
         torch.testing.assert_close(layer(x, groups), wanted)
         layer.eval()
         torch.testing.assert_close(layer(x, groups), by_definition(layer, x))
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts operators that wait for a device's numbers."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func.name() in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [FrozenExperts, ScaledInputExperts])
+def test_a_layer_reads_one_list_on_the_host(
+    kind: type[FrozenExperts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts of rows by expert, for both products and their LoRA; backward reads nothing."""
+    torch.manual_seed(0)
+    codec, position = RawCodec(torch.float32), DropoutPosition(7)
+    position.begin_micro_batch(0, torch.arange(1))
+    stacks = {}
+    for name, out, columns in (("gate_up_proj", 2 * OUT, IN), ("down_proj", IN, OUT)):
+        stacks[name] = ExpertStack(EXPERTS, columns, out, codec, name, "cpu")
+        rows = torch.randn(EXPERTS * out, columns)
+        stacks[name].packed.data = codec.quantize_to_packed(rows)
+    experts = kind(stacks, act_fn=torch.nn.SiLU())
+    spec = LowRankSpec(R, 0.5, torch.float32, seed=3)
+    for name, stack in stacks.items():
+        layer = LoraExperts(stack, name, spec, SampleDropout(0.4, name, position), "cpu")
+        for parameter in (layer.lora_A, layer.lora_B):
+            torch.nn.init.normal_(parameter)
+        experts.set_submodule(name, layer)
+    x = torch.randn(6, IN)
+    inputs: tuple[Tensor, ...] = (x, torch.randint(EXPERTS, (6, 2)), torch.rand(6, 2))
+    if kind is ScaledInputExperts:
+        inputs = ((torch.arange(EXPERTS * 6) % 3 == 1)[:, None] * x.repeat(EXPERTS, 1),)
+    lists: list[Any] = []
+    own = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: lists.append(own(self)) or lists[-1])
+    with HostCopies() as copies:
+        experts(*inputs).square().sum().backward()
+    assert copies.count == 0 and len(lists) == 1
+    assert len(lists[0]) == EXPERTS and sum(lists[0]) == (8 if len(inputs) == 1 else 12)
 
 
 def test_starts_at_the_base(layer: LoraExperts) -> None:
