@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.classifier_head.method import HeadedAdapter
+from dist_peft.adapters.joined.method import JoinedAdapter
 from dist_peft.adapters.method_table import assemble_adapter, assemble_joined
 from dist_peft.adapters.protocol import Adapter, TrainsBaseWeights
 from dist_peft.adapters.tensor_checks import check_tensor_values
@@ -219,7 +220,9 @@ def load_weights(
     engine = make_engine(config.engine, config.train, world, device)
     if config.engine.kernels == "liger":
         apply_liger_kernels(model, skeleton.blocks)
-    checkpoint_configured_blocks(skeleton.blocks, config.engine, device)
+    adapter = setup.adapter
+    shares = adapter.shares.make_contexts if isinstance(adapter, JoinedAdapter) else None
+    checkpoint_configured_blocks(skeleton.blocks, config.engine, device, shares)
     mark_block_progress(skeleton.blocks)
     engine.shard_model(model, skeleton.blocks)
     hashes = build_row_hashes(skeleton)

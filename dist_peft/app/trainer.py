@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from dist_peft.app.run_chain import RunChain
 from dist_peft.app.run_identity import describe_run_values
 from dist_peft.app.run_report import summarize_run, write_run_report
 from dist_peft.app.run_samples import RunSamples
-from dist_peft.app.step_exchange import StepBatches, StepGenerator, run_alone
+from dist_peft.app.step_exchange import HeldOutPass, StepBatches, StepGenerator, run_alone
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import RunFailure
 from dist_peft.core.log import FILE_ONLY, ONCE
@@ -34,11 +34,7 @@ from dist_peft.export.stopping import warn_missing_stop_token
 from dist_peft.train.attention_record import FusionAttention
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 from dist_peft.train.eval_history import EvaluationHistory, open_metrics
-from dist_peft.train.evaluate import (
-    EvalResult,
-    add_evaluation,
-    evaluate_model,
-)
+from dist_peft.train.evaluate import EvalResult, add_evaluation
 from dist_peft.train.fusion_attention import find_fusion_layers, measure_attention
 from dist_peft.train.lr_schedule import compute_lr_factor
 from dist_peft.train.metrics import MetricsWriter
@@ -157,7 +153,7 @@ class Trainer:
     def iterate_steps(self, first_step: int, stop: Callable[[], bool]) -> StepGenerator:
         """The loop of ``run_training_loop``, which yields the work of each step."""
         train, engine, loader = self.config.train, self.built.engine, self.loaders.train
-        before = self._evaluate_held_out(0) if first_step == 0 else None
+        before = (yield from self._evaluate_held_out(0)) if first_step == 0 else None
         self.samples.generate_before(first_step)
         replicas = ReplicaCheck(self.built.model, engine, self.world)
         if train.check_every:
@@ -209,7 +205,7 @@ class Trainer:
                 )
                 is_best = False
                 if last or _is_due(done, train.eval_every):
-                    found = self._evaluate_held_out(done)
+                    found = yield from self._evaluate_held_out(done)
                     record = add_evaluation(record, found)
                     is_best = found is not None and history.add_evaluation(found)
                 if step == 0:
@@ -288,20 +284,22 @@ class Trainer:
 
     def _open_metrics(self, first_step: int) -> MetricsWriter:
         due = first_step == self.total_steps or _is_due(first_step, self.config.train.eval_every)
-        evaluate = partial(self._evaluate_held_out, first_step) if first_step and due else None
+        evaluate = partial(self._evaluate_alone, first_step) if first_step and due else None
         described = self.config.dump_stored_tree()
         trackers = list_tracker_sinks(self.config.save.track, self.run_dir, described)
         return open_metrics(
             self.run_dir, first_step, self.world, self.world.rank, evaluate, trackers
         )
 
-    def _evaluate_held_out(self, step: int) -> EvalResult | None:
+    def _evaluate_alone(self, step: int) -> EvalResult | None:
+        return run_alone(self._evaluate_held_out(step), self.training)
+
+    def _evaluate_held_out(self, step: int) -> Generator[HeldOutPass, Any, EvalResult | None]:
         """Return the held-out loss; None without held-out data, or stopped by a signal."""
         if self.loaders.eval is None:
             return None
-        built, objective, rows = self.built, self.loaders.objective, self.loaders.eval
         try:
-            found = evaluate_model(built.model, built.engine, objective, rows, self.world)
+            found: EvalResult = yield HeldOutPass(step)
         except StopRequested:
             if step == 0:
                 raise  # there is nothing to save

@@ -31,17 +31,24 @@ __all__ = [
     "make_input_offload",
 ]
 
-ContextFactory = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
+ContextFactory = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """Makes contexts of one call of a block: for its forward pass, and for its recomputation."""
 
 
 def checkpoint_configured_blocks(
-    blocks: Sequence[nn.Module], config: EngineConfig, device: torch.device
+    blocks: Sequence[nn.Module],
+    config: EngineConfig,
+    device: torch.device,
+    make_contexts: ContextFactory | None = None,
 ) -> None:
-    """Wrap ``blocks``, which compute on ``device``, as section ``engine`` says."""
+    """Wrap ``blocks``, which compute on ``device``, as section ``engine`` says.
+
+    Args:
+        make_contexts: further contexts of each call of a block.
+    """
     if config.activation_checkpointing:
-        offload = make_input_offload(config, device)
-        checkpoint_block_activations(blocks, config.keep_results, offload, config.share_decodes)
+        offload, others = make_input_offload(config, device), config.share_decodes
+        checkpoint_block_activations(blocks, config.keep_results, offload, others, make_contexts)
 
 
 def checkpoint_block_activations(
@@ -49,6 +56,7 @@ def checkpoint_block_activations(
     keep_results: str = "none",
     offload: InputOffload | None = None,
     share_decodes: bool = False,
+    make_contexts: ContextFactory | None = None,
 ) -> None:
     """Recompute each block's activations in backward.
 
@@ -56,6 +64,7 @@ def checkpoint_block_activations(
         keep_results: which results are not recomputed, a key of ``KEPT_KINDS``.
         offload: keeps the blocks' inputs elsewhere; None: they stay where they are.
         share_decodes: weights are decoded once for recomputation and backward.
+        make_contexts: further contexts of each call.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     factories: list[ContextFactory] = []
@@ -63,6 +72,8 @@ def checkpoint_block_activations(
         factories.append(partial(make_keeping_contexts, kinds))
     if share_decodes:
         factories.append(make_sharing_contexts)
+    if make_contexts is not None:
+        factories.append(make_contexts)
     if factories:
         options["context_fn"] = partial(_join_contexts, factories)
     for block in blocks:
@@ -73,7 +84,7 @@ def checkpoint_block_activations(
 class _JoinedContexts(AbstractContextManager[None]):
     """Contexts that are entered together, and may be entered again."""
 
-    def __init__(self, contexts: Sequence[AbstractContextManager[None]]) -> None:
+    def __init__(self, contexts: Sequence[AbstractContextManager[Any]]) -> None:
         self._contexts = contexts
 
     def __enter__(self) -> None:

@@ -138,6 +138,12 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor, last: bool) -> None: ...
 
+    def keeps_parts_in_range(self) -> bool:
+        """Return whether the step's gradients of all parts, which were computed together, are
+        within the range of integer sums (``train.exact``). Otherwise they are dropped, and have to
+        be computed part by part, which tells whose is not. Collective; after the last backward."""
+        ...
+
     def step(self, lr: float, max_norm: float) -> float:
         """Update with learning rate ``lr`` (times each parameter's scale).
 

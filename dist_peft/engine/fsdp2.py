@@ -29,6 +29,7 @@ Gradients are summed, never averaged (see ``engine.engine_protocol``).
 import copy
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -284,6 +285,17 @@ class Fsdp2Engine:
         if self._is_part:  # another part may have been evaluated since the backward pass
             self._reshard_modules()
         return self.optimizer.step(lr, max_norm)
+
+    def keeps_parts_in_range(self) -> bool:
+        if self._scale is None:
+            return True
+        largest = torch.tensor(self._range.take_largest(), dtype=torch.float64, device=self.device)
+        self._reduce_over_mesh(largest, dist.ReduceOp.MAX)
+        if float(largest) <= self._scale.limit:
+            return True
+        for parameter in cast(nn.Module, self._units[-1]).parameters():
+            parameter.grad = None
+        return False
 
     def _measure_exact_norm(self, grads: list[Tensor]) -> float:
         assert self._scale is not None

@@ -34,6 +34,7 @@ class SingleEngine:
         self._sums: FixedPointGradients | None = None
         self.bytes_gathered = 0
         self._optimizer: LocalOptimizer | None = None
+        self._parts: list[SingleEngine] = []
 
     def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         move_buffers_to_device(model, self.device)
@@ -76,11 +77,19 @@ class SingleEngine:
 
     def split_optimizer(self) -> "SingleEngine":
         part = copy.copy(self)
-        part._optimizer = None
+        part._optimizer, part._parts = None, []
+        self._parts.append(part)
         return part
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
+        for part in self._parts or [self]:
+            part._end_micro_batch(last)
+
+    def keeps_parts_in_range(self) -> bool:
+        return True  # each has sums of its own
+
+    def _end_micro_batch(self, last: bool) -> None:
         if self._sums is None:
             return
         parameters = self.optimizer.parameters.values()

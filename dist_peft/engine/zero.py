@@ -86,10 +86,9 @@ class ZeroEngine:
         self._names: dict[str, nn.Parameter] = {}
         self._ds: Any = None
         self._done = 0
-        self._skipped = set[int]()
+        self._skipped = set[int]()  # steps, from 1, that have made no update
         self._moment_names: tuple[str, ...] = ()
         self._updates: dict[int, int] = {}  # id of a flat share -> its updates so far
-        """Numbers of the steps, from 1, that have made no update."""
         self._adapter_gathers = _GatherCount()
         self._scale = GradientScale.from_config(train) if train.exact else None
         self._exact: ExactReduction | None = None
@@ -200,7 +199,9 @@ class ZeroEngine:
         if self._parts:  # whose hooks reduce the gradients of each
             for part in self._parts:
                 part._ds.set_gradient_accumulation_boundary(last)
-            (loss * self.world.size).backward()
+            (loss * (1 if self._scale else self.world.size)).backward()
+            for exact in filter(None, (part._exact for part in self._parts)):
+                exact.end_micro_batch()
             return
         self._ds.set_gradient_accumulation_boundary(last)
         if self._exact is not None:  # DeepSpeed sums zeros
@@ -208,6 +209,9 @@ class ZeroEngine:
             self._exact.end_micro_batch()
             return
         self._ds.backward(loss * self.world.size)  # it averages over ranks: here they are summed
+
+    def keeps_parts_in_range(self) -> bool:
+        return True  # each has sums of its own
 
     def step(self, lr: float, max_norm: float) -> float:
         optimizer = self._ds.optimizer

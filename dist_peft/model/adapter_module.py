@@ -6,7 +6,7 @@ module that it adapts. Adapter methods implement these protocols; there is no ot
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -15,11 +15,16 @@ from dist_peft.core.span import Span
 __all__ = [
     "AdapterModule",
     "InitializesFromBase",
+    "JoinedForm",
     "KeepsPackedRows",
     "Reduce",
     "RowUpdate",
     "SwitchableLayer",
 ]
+
+JoinedForm = Literal["change", "weight_norm", "rescaling", "embedding"] | None
+"""How layers of several adapters share their base's product (``adapters.joined``); None: they
+cannot."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks that share a weight; all of them call it in the same order."""
@@ -89,3 +94,8 @@ class SwitchableLayer(nn.Module):
 
     is_enabled: bool = True
     keeps_base: bool = True
+
+    @property
+    def joined_form(self) -> JoinedForm:
+        """How several such layers share the module that they wrap."""
+        return None

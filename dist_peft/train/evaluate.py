@@ -17,7 +17,14 @@ from dist_peft.train.classification_metrics import ClassScores
 from dist_peft.train.objective import Objective
 from dist_peft.train.step_metrics import SCORE_TITLES, StepMetrics
 
-__all__ = ["EvalResult", "add_evaluation", "evaluate_model", "inference_mode"]
+__all__ = [
+    "EvalResult",
+    "HeldOutSums",
+    "add_evaluation",
+    "enter_evaluation",
+    "evaluate_model",
+    "inference_mode",
+]
 
 BatchT = TypeVar("BatchT", bound=Batch)
 
@@ -83,29 +90,57 @@ def evaluate_model(
     Raises:
         StopRequested: on every rank, between two batches, after a signal to any.
     """
-    rows = loader.rows
-    tasks = len(rows.task_names)
-    summed: SplitSum | None = None  # of tasks x statistics
-    with inference_mode(model), enter_phase("evaluation", SETUP_PATIENCE):
+    sums = HeldOutSums(objective, loader)
+    with enter_evaluation(model):
         for batch in loader.load_all_sequential():
             mark_progress()
             world.raise_if_stop_requested()
-            statistics = objective.compute_row_statistics(model, batch, engine.device)
-            if summed is None:
-                summed = SplitSum(tasks * statistics.shape[1])
-            summed.add_rows(statistics, torch.tensor(find_batch_tasks(rows, batch)))
-    assert summed is not None, "a data set has at least one sequence"
-    world.all_reduce_sum(summed.integers)
-    sums = torch.tensor(summed.to_floats(), dtype=torch.float64).view(tasks, -1)
-    total = sums.sum(0)
-    by_task = dict(zip(rows.task_names, sums, strict=True)) if rows.task_names != ("",) else {}
-    scores = {name: objective.compute_scores(own[2:], name) for name, own in by_task.items()}
-    return EvalResult(
-        _divide_by_targets(total),
-        {name: _divide_by_targets(own) for name, own in by_task.items()},
-        objective.compute_scores(total[2:]),
-        {name: own for name, own in scores.items() if own is not None},
-    )
+            sums.add_batch(batch, objective.compute_row_statistics(model, batch, engine.device))
+    return sums.compute_result(world)
+
+
+@contextmanager
+def enter_evaluation(model: nn.Module) -> Iterator[None]:
+    """The context of an evaluation's forward passes."""
+    with inference_mode(model), enter_phase("evaluation", SETUP_PATIENCE):
+        yield
+
+
+class HeldOutSums:
+    """Statistics of the sequences of a data set, summed by task.
+
+    Args:
+        objective: computes the statistics.
+        loader: of the data set.
+    """
+
+    def __init__(self, objective: Objective[Any], loader: Loader[Any]) -> None:
+        self._objective, self._rows = objective, loader.rows
+        self._tasks = len(self._rows.task_names)
+        self._summed: SplitSum | None = None  # of tasks x statistics
+
+    def add_batch(self, batch: Batch, statistics: Tensor) -> None:
+        """Add ``compute_row_statistics`` of a batch, ``[B, 2 + K]``."""
+        if self._summed is None:
+            self._summed = SplitSum(self._tasks * statistics.shape[1])
+        self._summed.add_rows(statistics, torch.tensor(find_batch_tasks(self._rows, batch)))
+
+    def compute_result(self, world: World) -> EvalResult:
+        """Sum over ranks and return the means; a collective."""
+        names, objective = self._rows.task_names, self._objective
+        assert self._summed is not None, "a data set has at least one sequence"
+        world.all_reduce_sum(self._summed.integers)
+        found = self._summed.to_floats()
+        sums = torch.tensor(found, dtype=torch.float64).view(self._tasks, -1)
+        total = sums.sum(0)
+        by_task = dict(zip(names, sums, strict=True)) if names != ("",) else {}
+        scores = {name: objective.compute_scores(own[2:], name) for name, own in by_task.items()}
+        return EvalResult(
+            _divide_by_targets(total),
+            {name: _divide_by_targets(own) for name, own in by_task.items()},
+            objective.compute_scores(total[2:]),
+            {name: own for name, own in scores.items() if own is not None},
+        )
 
 
 def _divide_by_targets(sums: Tensor) -> float:

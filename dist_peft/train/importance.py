@@ -7,7 +7,6 @@ others.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -106,11 +105,11 @@ class EngineParameters:
 
     def gather_parameter(self, name: str) -> Tensor:
         """Return the whole parameter with this full name. Collective."""
-        return self._engine.gather_parameter(attrgetter(name)(self._model))
+        return self._engine.gather_parameter(self._model.get_parameter(name))
 
     def gather_matching_rows(self, name: str, like: Tensor) -> Tensor:
         """Return those rows of the parameter that this rank keeps of ``like``. Collective."""
-        return self._engine.gather_matching_rows(attrgetter(name)(self._model), like)
+        return self._engine.gather_matching_rows(self._model.get_parameter(name), like)
 
     def overwrite_parameter(self, name: str, value: Tensor) -> None:
         """Set the whole parameter with this full name on every rank."""

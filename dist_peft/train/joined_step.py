@@ -27,6 +27,7 @@ from dist_peft.data.joined_batches import join_batches
 from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
 from dist_peft.quant.fixed_point import SplitSum
+from dist_peft.train.loop import count_penalty_parts
 from dist_peft.train.objective import TokenObjective
 
 __all__ = ["AdapterWork", "JoinedLosses", "JoinedStep"]
@@ -63,6 +64,7 @@ class JoinedStep:
         adapters: by number.
         shares: of the model's layers.
         enter_pass: of some adapters, by their numbers: gives the module to call; None: the model.
+        micro_batches: as of ``TrainingStep``.
     """
 
     model: nn.Module
@@ -72,6 +74,11 @@ class JoinedStep:
     adapters: Sequence[Adapter]
     shares: RowShares
     enter_pass: Callable[[Sequence[int]], AbstractContextManager[nn.Module]] | None = None
+    micro_batches: int | None = None
+
+    def can_join(self, works: Mapping[int, AdapterWork]) -> bool:
+        """Return whether ``accumulate_gradients`` takes these works."""
+        return True
 
     def accumulate_gradients(self, works: Mapping[int, AdapterWork]) -> dict[int, JoinedLosses]:
         """Run forward and backward of all micro-batches; gradients are summed over ranks.
@@ -96,18 +103,33 @@ class JoinedStep:
                 # a target with logit -inf has an infinite loss and a finite gradient
                 factor = torch.where(loss.detach().isfinite(), 1.0, math.nan)
                 parts.append(loss * factor / max(1, work.targets))
+                batch, own = work.batches[index], len(work.batches)
+                share = count_penalty_parts(batch, own, self.world, self.micro_batches)
+                self.adapters[number].add_penalty_gradient(parts[-1], share)
             self.engine.backward(torch.stack(parts).sum(), last=index == most - 1)
         return self._sum_over_ranks(works, losses)
 
+    def compute_statistics(self, batches: Mapping[int, Batch]) -> dict[int, Tensor]:
+        """Return ``compute_row_statistics`` of a held-out batch of each adapter, by one forward."""
+        joined, counts = self._share_batch(batches)
+        found = self.objective.compute_row_statistics(self.model, joined, self.engine.device)
+        return dict(zip(batches, found.split(counts), strict=True))
+
+    def _share_batch(self, batches: Mapping[int, Batch]) -> tuple[Batch, list[int]]:
+        """Return the sequences of all adapters as one batch and their numbers, and let the layers
+        know whose they are."""
+        joined = join_batches(list(batches.values()))
+        counts = [len(batch.sample_ids) for batch in batches.values()]
+        shares = list(zip(batches, counts, strict=True))
+        self.shares.split_batch(shares, joined.input_ids.shape[1])
+        return joined, counts
+
     def _compute_losses(self, active: Mapping[int, AdapterWork], index: int) -> list[Tensor]:
         """Return the summed loss of micro-batch ``index`` of each adapter, by one forward."""
-        own = [work.batches[index] for work in active.values()]
-        for (number, work), batch in zip(active.items(), own, strict=True):
-            self.adapters[number].begin_micro_batch(work.step, batch.sample_ids)
-        joined = join_batches(own)
-        counts = [len(batch.sample_ids) for batch in own]
-        shares = list(zip(active, counts, strict=True))
-        self.shares.split_batch(shares, joined.input_ids.shape[1])
+        own = {number: work.batches[index] for number, work in active.items()}
+        for number, batch in own.items():
+            self.adapters[number].begin_micro_batch(active[number].step, batch.sample_ids)
+        joined, counts = self._share_batch(own)
         device, enter = self.engine.device, self.enter_pass
         with nullcontext(self.model) if enter is None else enter(list(active)) as call:
             return self.objective.compute_share_losses(self.model, joined, device, call, counts)

@@ -31,7 +31,19 @@ from dist_peft.train.nonfinite import FailedStep
 from dist_peft.train.objective import Objective, TokenObjective
 from dist_peft.train.predicted_inputs import ScheduledSampling
 
-__all__ = ["TrainingStep"]
+__all__ = ["TrainingStep", "count_penalty_parts"]
+
+
+def count_penalty_parts(batch: Batch, own: int, world: World, micro_batches: int | None) -> float:
+    """Return by which number a micro-batch divides the adapter's penalty, infinite for none.
+
+    Args:
+        own: micro-batches of this rank.
+        micro_batches: of a step over all ranks; None: see ``TrainingStep``.
+    """
+    if micro_batches is None:
+        return own * world.data_size
+    return micro_batches if bool((batch.sample_ids >= 0).any()) else math.inf
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class TrainingStep:
             self.losses.append(loss.detach())  # read once a step: no wait for the device here
             # a target with logit -inf has an infinite loss and a finite gradient
             mean_part = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan) / targets
-            parts = self._count_penalty_parts(batch, len(batches))
+            parts = count_penalty_parts(batch, len(batches), self.world, self.micro_batches)
             self.adapter.add_penalty_gradient(mean_part, parts)
             self.engine.backward(mean_part, last=number == len(batches) - 1)
             if self.noise is not None:
@@ -110,12 +122,6 @@ class TrainingStep:
             self.method_metrics["sampling_replaced"] = replaced / max(1.0, replaceable)
         self.method_metrics.update(self.objective.collect_metrics(self.world))
         return whole / targets
-
-    def _count_penalty_parts(self, batch: Batch, own: int) -> float:
-        """Return by which number a micro-batch divides the adapter's penalty, infinite for none."""
-        if self.micro_batches is None:
-            return own * self.world.data_size
-        return self.micro_batches if bool((batch.sample_ids >= 0).any()) else math.inf
 
     def _sum_exactly(self, losses: Tensor, counts: Sequence[float]) -> list[float]:
         """Return the sums over ranks of ``losses`` [micro-batches] and of each count, the same bits

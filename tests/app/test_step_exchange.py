@@ -1,8 +1,19 @@
+from collections.abc import Generator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from dist_peft.app.step_exchange import ComputedGradients, StepBatches, StepGenerator, run_alone
+from dist_peft.app.step_exchange import (
+    ComputedGradients,
+    HeldOutPass,
+    StepBatches,
+    StepGenerator,
+    run_alone,
+)
+from dist_peft.core.stop_signals import StopRequested
+from dist_peft.core.world import World
 
 
 class Training:
@@ -37,6 +48,31 @@ def test_each_step_is_computed() -> None:
     assert seen == [(0.0, 10), (0.5, 10), (1.0, 10)]
     assert run_alone(count_steps(0, seen), Training()) == 0  # type: ignore[arg-type]
     assert ComputedGradients(1.0, 2.0, 3)._fields == ("loss", "seconds", "bytes_gathered")
+
+
+class Held(Training):
+    """With held-out data; a signal comes in the first evaluation."""
+
+    loaders = SimpleNamespace(objective=None, eval="rows")
+    model = None
+    world = World()
+
+
+def test_evaluations_and_signals_in_them() -> None:
+    def evaluate_twice() -> Generator[HeldOutPass, Any, list[str]]:
+        found = []
+        for step in range(2):
+            try:
+                found.append((yield HeldOutPass(step)))
+            except StopRequested:
+                found.append("stopped")
+        return found
+
+    path = "dist_peft.app.step_exchange.evaluate_model"
+    with mock.patch(path, side_effect=[StopRequested, "result"]) as called:
+        found = run_alone(evaluate_twice(), Held())  # type: ignore[arg-type]
+    assert found == ["stopped", "result"]
+    assert called.call_args.args[3] == "rows"
 
 
 def test_error_ends_the_loop_through_its_own_cleanup() -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from dist_peft.app import cli
 from dist_peft.app.commands import train as train_app
 from dist_peft.app.finished_run import load_finished_run
+from dist_peft.app.step_exchange import HeldOutPass
 from dist_peft.app.trainer import Trainer
 from dist_peft.app.training_run import RESUMABLE
 from dist_peft.app.verified_export import merge_finished_run
@@ -240,9 +241,12 @@ def test_early_stop_finishes_the_run_and_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = (5.0, 4.0, 3.0, 3.5, 3.2, 1.0, 0.5)
-    monkeypatch.setattr(
-        Trainer, "_evaluate_held_out", lambda self, step: EvalResult(losses[step], {})
-    )
+
+    def evaluate(self: Trainer, step: int) -> Generator[HeldOutPass, Any, EvalResult]:
+        yield HeldOutPass(step)
+        return EvalResult(losses[step], {})
+
+    monkeypatch.setattr(Trainer, "_evaluate_held_out", evaluate)
     tree = tiny_tree(tmp_path)
     tree["train"] |= {"steps": 6, "eval_every": 1, "early_stop": 2}
     tree["save"] |= {"every": 0, "keep": 1, "keep_best": True}

@@ -59,8 +59,8 @@ ROWS = [
     Row(
         "sweep of another method",
         "train",
-        ("sweep: adapter.kind ia3", "one by one"),
-        args=(RATES, "adapter={kind: ia3}"),
+        ("sweep: adapter.kind bottleneck", "one by one"),
+        args=(RATES, "adapter={kind: bottleneck}"),
     ),
     Row(
         "sweep from one checkpoint",

@@ -71,4 +71,4 @@ def assert_same_run(point: Path, other: Path, tolerance: float = 1e-6) -> None:
     adapters = [load_file(run / "adapter/adapter_model.safetensors") for run in (point, other)]
     assert adapters[0].keys() == adapters[1].keys()
     for name, want in adapters[1].items():
-        assert float((adapters[0][name] - want).abs().max()) <= tolerance, name
+        torch.testing.assert_close(adapters[0][name], want, rtol=0, atol=tolerance)

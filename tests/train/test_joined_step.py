@@ -60,14 +60,27 @@ def test_gradients_of_each_point(sweep: tuple[LoadedModel, Any]) -> None:
             check_gradients(*sweep)
 
 
-@pytest.mark.parametrize("kind", ["qalora", "loha", "lokr", "pissa", "loftq"])
+RANKS: list[dict[str, Any]] = [{"seed": 1, "r": 2}, {"target_modules": ["q_proj"]}, {}]
+RATES: list[dict[str, Any]] = [{"lr": 1e-3}, {"target_modules": ["q_proj"]}, {"seed": 3}]
+METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    **{
+        kind: ({"kind": kind, "r": 3, "dropout": 0.2}, RANKS)
+        for kind in ("qalora", "vera", "loha", "lokr")
+    },
+    "dora": ({"r": 3, "use_dora": True, "dropout": 0.2}, [*RANKS, {"dropout": 0.0}]),
+    "embeddings": ({"r": 3, "embeddings": True}, RANKS),
+    "adalora": ({"kind": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1}, RATES),
+    "ia3": ({"kind": "ia3", "target_modules": ["q_proj", "down_proj"]}, RATES),
+}
+"""Adapter and points."""
+
+
+@pytest.mark.parametrize("kind", [*METHODS, "pissa", "loftq"])
 def test_gradients_of_other_methods(kind: str, tmp_path: Path) -> None:
     """PiSSA and LoftQ change the base, and points that share it have one start."""
-    adapter: dict[str, Any] = {"kind": kind, "r": 3, "dropout": 0.2}
-    points: list[dict[str, Any]] = [{"seed": 1, "r": 2}, {"target_modules": ["q_proj"]}, {}]
-    if kind in ("pissa", "loftq"):
-        adapter = {"r": 3, "init": kind, "init_iterations": 2}
-        points = [{"lr": 1e-3}, {"dropout": 0.2}, {"data": str(tmp_path / "eval.jsonl")}]
+    shared = [{"lr": 1e-3}, {"dropout": 0.2}, {"data": str(tmp_path / "eval.jsonl")}]
+    residual = ({"r": 3, "init": kind, "init_iterations": 2}, shared)
+    adapter, points = METHODS.get(kind, residual)
     tree = sweep_tree(tmp_path, adapter=adapter, sweep={"points": points})
     resolved = resolve_config(parse_config(tree))
     check_gradients(load_weights(build_model(resolved), World(), CPU), resolved)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
-from dist_peft.model.adapter_module import SwitchableLayer
+from dist_peft.model.adapter_module import JoinedForm, SwitchableLayer
 from dist_peft.model.frozen_linear import FrozenLinear
 
 __all__ = ["Ia3Linear"]
@@ -49,14 +49,27 @@ class Ia3Linear(SwitchableLayer):
         self.shapes: dict[str, tuple[int, ...]] = {"ia3_l": (size,)}
         self.ia3_l = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out] in the type of the base's output."""
-        # type promotion multiplies in float32 without a float32 copy of the activations
+    @property
+    def joined_form(self) -> JoinedForm:
+        return "rescaling"
+
+    def forward(self, x: Tensor, *, is_change: bool = False) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of the base's output.
+
+        Args:
+            is_change: return ``l * x`` alone: ``x`` is the input or the output of the base.
+        """
+        if is_change:
+            return self._rescale(x)
         if self.rescales_input and self.is_enabled:
-            rescaled: Tensor = self.base((x * self.ia3_l).to(x.dtype))
+            rescaled: Tensor = self.base(self._rescale(x))
             return rescaled
         y: Tensor = self.base(x)
-        return (y * self.ia3_l).to(y.dtype) if self.is_enabled else y
+        return self._rescale(y) if self.is_enabled else y
+
+    def _rescale(self, x: Tensor) -> Tensor:
+        # type promotion multiplies in float32 without a float32 copy of the activations
+        return (x * self.ia3_l).to(x.dtype)
 
     def init_rows(self, name: str, span: Span) -> Tensor:
         """Return ones: the rescaling that changes nothing."""

@@ -1,21 +1,41 @@
 """Attach several adapters to one model on meta."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
 
 from torch import nn
 
+from dist_peft.adapters.joined.joined_embedding import JoinedEmbedding
 from dist_peft.adapters.joined.layer import JoinedLayer
+from dist_peft.adapters.joined.rescaling import JoinedRescaling
 from dist_peft.adapters.joined.row_shares import RowShares
-from dist_peft.adapters.low_rank.method import LinearsAdapter
+from dist_peft.adapters.joined.weight_norms import JoinedWeightNorms
+from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.errors import UserError
+from dist_peft.model.adapter_module import JoinedForm, SwitchableLayer
 
-__all__ = ["attach_joined", "get_alone_name", "get_joined_prefix"]
+__all__ = ["HasLayers", "attach_joined", "get_alone_name", "get_joined_prefix"]
+
+_FORMS: dict[JoinedForm, type[JoinedLayer]] = {
+    "change": JoinedLayer,
+    "weight_norm": JoinedWeightNorms,
+    "rescaling": JoinedRescaling,
+    "embedding": JoinedEmbedding,
+}
 
 
-def attach_joined(
-    model: nn.Module, adapters: Sequence[LinearsAdapter[Any, Any]], shares: RowShares
-) -> None:
+class HasLayers(Adapter, Protocol):
+    """A method that wraps modules.
+
+    Attributes:
+        layers: the wrappers by path, once attached.
+    """
+
+    @property
+    def layers(self) -> Mapping[str, SwitchableLayer]: ...
+
+
+def attach_joined(model: nn.Module, adapters: Sequence[HasLayers], shares: RowShares) -> None:
     """Wrap the targets of all ``adapters``; each is attached as it would be alone.
 
     Args:
@@ -29,16 +49,17 @@ def attach_joined(
     for number, adapter in enumerate(adapters):
         adapter.attach_to_model(model)
         for name, layer in adapter.layers.items():
-            if not getattr(layer, "has_change_alone", False):
+            if layer.joined_form is None:
                 raise UserError(
                     f"sweep: {name} are experts of a mixture, whose rows are in the order of the "
                     "experts; list adapter.target_modules without experts, such as [q_proj, "
                     "k_proj, v_proj, o_proj], or run the points one by one"
                 )
             layers.setdefault(name, {})[number] = layer
-            model.set_submodule(name, layer.base)
+            model.set_submodule(name, cast(nn.Module, layer.base))
     for name, own in layers.items():
-        model.set_submodule(name, JoinedLayer(model.get_submodule(name), name, own, shares))
+        joined = _FORMS[cast(SwitchableLayer, next(iter(own.values()))).joined_form]
+        model.set_submodule(name, joined(model.get_submodule(name), name, own, shares))
 
 
 def get_joined_prefix(number: int) -> str:

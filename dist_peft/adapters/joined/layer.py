@@ -10,11 +10,13 @@ The base's product is where time, gathered bytes and dequantization go, and its 
 is shared as well. Small products of the parts stay apart, so that adapters may have different ranks
 and scalings, and a value that is not finite stays in its own adapter's rows and gradients.
 
+Layers are called for their part (``is_change``), so that an engine's hooks on them see it.
+
 mLoRA (Ye et al. 2023) batches adapters in this way on one device; here the base is sharded.
 """
 
-from collections.abc import Mapping
-from typing import Protocol, cast
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +26,7 @@ from dist_peft.adapters.low_rank.module import LowRankModule
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import InitializesFromBase, Reduce
 
-__all__ = ["JoinedLayer", "RowChange"]
-
-
-class RowChange(Protocol):
-    """A layer of an adapter whose output is that of its base and a change by its input."""
-
-    def __call__(self, x: Tensor, *, is_change: bool = False) -> Tensor:
-        """Return the output ``[..., out]`` of the rows ``x`` ``[..., in]``, or with ``is_change``
-        the change alone. A call, so that an engine's hooks on the layer see it."""
-        ...
+__all__ = ["JoinedLayer", "add_changes"]
 
 
 class JoinedLayer(nn.Module):
@@ -67,22 +60,28 @@ class JoinedLayer(nn.Module):
             alone = str(only)
             y: Tensor = self.points[alone](x) if alone in self.points else self.base(x)
             return y
+        return self.compute_shares(x, self.split_rows(x))
+
+    def split_rows(self, x: Tensor) -> list[tuple[nn.Module | None, Tensor]]:
+        """Return the rows of each adapter, and its layer or None where it does not target this
+        linear."""
         parts = self.shares.list_parts(x, self.path)
+        rows, layers = x.split([count for _, count in parts]), dict(self.points.items())
+        return [
+            (layers.get(str(number)), own) for (number, _), own in zip(parts, rows, strict=True)
+        ]
+
+    def compute_shares(self, x: Tensor, parts: Sequence[tuple[nn.Module | None, Tensor]]) -> Tensor:
+        """Return the output of all rows.
+
+        Args:
+            parts: of ``x``, in its order.
+        """
         # changes come first, as in the layer of one adapter: recomputation stops at the last tensor
         # that backward needs, and the frozen product keeps none
-        rows = x.split([count for _, count in parts])
-        changes = [
-            self._compute_change(str(adapter), part)
-            for (adapter, _), part in zip(parts, rows, strict=True)
-        ]
-        y = self.base(x)
-        if all(change is None for change in changes):
-            return y
-        filled = [
-            y.new_zeros(*part.shape[:-1], y.shape[-1]) if change is None else change
-            for change, part in zip(changes, rows, strict=True)
-        ]
-        return (y + torch.cat(filled)).to(y.dtype)
+        changes = [None if layer is None else layer(own, is_change=True) for layer, own in parts]
+        y: Tensor = self.base(x)
+        return add_changes(y, changes, [len(own) for _, own in parts])
 
     # -- initialization ------------------------------------------------------------------------
 
@@ -103,10 +102,18 @@ class JoinedLayer(nn.Module):
     def init_rows(self, name: str, span: Span) -> Tensor:
         raise AssertionError("parameters are those of the layers")
 
-    # ------------------------------------------------------------------------------------------
 
-    def _compute_change(self, number: str, part: Tensor) -> Tensor | None:
-        if number not in self.points:
-            return None
-        change: Tensor = self.points[number](part, is_change=True)
-        return change
+def add_changes(y: Tensor, changes: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor:
+    """Return ``y`` with each change added to its rows, in the type of ``y``.
+
+    Args:
+        changes: by part, ``[rows, ...]`` like ``y``; None: nothing is added.
+        counts: rows of each part.
+    """
+    if all(change is None for change in changes):
+        return y
+    filled = [
+        y.new_zeros(count, *y.shape[1:]) if change is None else change
+        for change, count in zip(changes, counts, strict=True)
+    ]
+    return (y + torch.cat(filled)).to(y.dtype)

@@ -1,13 +1,11 @@
 """All adapters of a sweep, attached as one."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.joined.attach import attach_joined
+from dist_peft.adapters.joined.attach import HasLayers, attach_joined
 from dist_peft.adapters.joined.row_shares import RowShares
-from dist_peft.adapters.low_rank.method import LinearsAdapter
 from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter
 
 __all__ = ["JoinedAdapter"]
@@ -23,7 +21,7 @@ class JoinedAdapter(AdapterDefaults):
         shares: which sequences of a batch belong to which.
     """
 
-    def __init__(self, adapters: Sequence[LinearsAdapter[Any, Any]]) -> None:
+    def __init__(self, adapters: Sequence[HasLayers]) -> None:
         self.adapters, self.shares = list(adapters), RowShares()
 
     def attach_to_model(self, model: nn.Module) -> None:

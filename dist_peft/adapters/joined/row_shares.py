@@ -1,7 +1,8 @@
 """Which sequences of a batch belong to which adapter."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +41,11 @@ class RowShares:
         finally:
             self.only = before
 
+    def make_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Return contexts of one call of a block, for its forward pass and for its recomputation:
+        both compute rows of the same adapter."""
+        return nullcontext(), _OneAdapter(self, self.only)
+
     def list_parts(self, x: Tensor, path: str) -> list[tuple[int, int]]:
         """Return the number of an adapter and of its rows of ``x``, in their order.
 
@@ -61,3 +67,18 @@ class RowShares:
             f"of {length} tokens, so that they cannot be assigned to adapters; leave it out of "
             "adapter.target_modules, or run the points one by one"
         )
+
+
+class _OneAdapter(AbstractContextManager[None]):
+    """All rows are those of ``only``; may be entered again."""
+
+    def __init__(self, shares: RowShares, only: int | None) -> None:
+        self._shares, self._only = shares, only
+        self._outer: list[int | None] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(self._shares.only)
+        self._shares.only = self._only
+
+    def __exit__(self, *error: Any) -> None:
+        self._shares.only = self._outer.pop()

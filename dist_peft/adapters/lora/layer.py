@@ -1,4 +1,4 @@
-"""LoRA layers: a frozen linear or embedding and its trainable low-rank change.
+"""LoRA layers: a frozen linear and its trainable low-rank change.
 
 LoRA (Hu et al. 2021)::
 
@@ -27,10 +27,9 @@ The output has the type of the base's output.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_peft.adapters.lora.initialization import (
@@ -41,10 +40,9 @@ from dist_peft.adapters.lora.initialization import (
 )
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
 from dist_peft.adapters.low_rank.row_sharded import LowRankFactors, add_factor_product
-from dist_peft.core.errors import UserError
 from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
-from dist_peft.model.adapter_module import Reduce
+from dist_peft.model.adapter_module import JoinedForm, Reduce
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 from dist_peft.quant.frozen_matmul import frozen_matmul
@@ -54,11 +52,22 @@ from dist_peft.quant.low_rank_linear import (
     can_fuse_low_rank,
 )
 from dist_peft.quant.masked_product import apply_masked_low_rank
-from dist_peft.quant.trainable_products import apply_linear
 
-__all__ = ["LoraEmbedding", "LoraLinear", "LoraSpec"]
+__all__ = ["FrozenProducts", "LoraLinear", "LoraSpec"]
 
 _NORM_ROWS = 1024
+
+
+class FrozenProducts(NamedTuple):
+    """Products of the base that DoRA reads, made together with those of other layers.
+
+    Attributes:
+        inputs: ``W drop(x)`` [..., out], without the bias.
+        directions: ``(W A^T)^T`` [r, out], without gradient.
+    """
+
+    inputs: Tensor
+    directions: Tensor
 
 
 class SharesInput(Protocol):
@@ -108,8 +117,6 @@ class LoraLinear(LowRankModule):
     """
 
     starts_at_zero = "lora_B"
-    has_change_alone: ClassVar[bool] = True
-    """Whether calls take ``is_change``."""
     spec: LoraSpec
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -146,14 +153,32 @@ class LoraLinear(LowRankModule):
         self.siblings: SharesInput | None = None
         self.num_zeros = 0
 
+    @property
+    def joined_form(self) -> JoinedForm:
+        """How several layers share the base's product."""
+        return "weight_norm" if self.spec.dora else "change"
+
     # -- forward -------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *, is_change: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        is_change: bool = False,
+        gives_directions: bool = False,
+        products: FrozenProducts | None = None,
+    ) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of the base's output.
 
         Args:
             is_change: return ``s B A drop(x)`` alone, without the base's product.
+            gives_directions: return ``A`` [r, in] alone, whose product with the base DoRA reads.
+            products: return the change of DoRA alone, by these; ``x`` is after dropout.
         """
+        if gives_directions:
+            return self.lora_A.detach().clone()  # engines free it after the call
+        if products is not None:
+            return self._compute_dora_change(x, *products)
         if is_change:
             return self._compute_update(self.dropout(x))
         if not self.is_enabled:
@@ -214,19 +239,28 @@ class LoraLinear(LowRankModule):
         y = product
         if dropped is not x:
             y = frozen_matmul(x, base.packed, base.codec, base.in_features)
-        factor = self.magnitude / self._compute_weight_norm()
-        dtype = self.spec.arithmetic
-        change = (factor - 1).to(dtype) * product + factor.to(dtype) * self._compute_update(dropped)
+        directions = self.lora_A.detach().to(self.spec.arithmetic)
+        image = frozen_matmul(directions, base.packed, base.codec, base.in_features)
+        change = self._compute_dora_change(dropped, product, image)
         if base.bias is not None:
             y = y + base.bias.to(y.dtype)
         return (y + change).to(y.dtype)
 
+    def _compute_dora_change(self, dropped: Tensor, product: Tensor, image: Tensor) -> Tensor:
+        """``(m/n - 1) W drop(x) + m/n s B A drop(x)``.
+
+        Args:
+            product: ``W drop(x)`` [..., out].
+            image: ``(W A^T)^T`` [r, out], in the arithmetic type.
+        """
+        factor = self.magnitude / self._compute_weight_norm(image)
+        dtype = self.spec.arithmetic
+        return (factor - 1).to(dtype) * product + factor.to(dtype) * self._compute_update(dropped)
+
     @torch.no_grad()
-    def _compute_weight_norm(self) -> Tensor:
-        """``|| W_o + s (B A)_o ||`` [out], float32."""
-        base, s = self.base, self.spec.scaling
-        A, B = self.lora_A, self.lora_B
-        image = frozen_matmul(A.to(self.spec.arithmetic), base.packed, base.codec, base.in_features)
+    def _compute_weight_norm(self, image: Tensor) -> Tensor:
+        """``|| W_o + s (B A)_o ||`` [out], float32, from ``image`` [r, out]."""
+        s, A, B = self.spec.scaling, self.lora_A, self.lora_B
         cross = (B * image.T).sum(1)
         square = ((B @ (A @ A.T)) * B).sum(1)
         return _exact_row_norm(self.base_norm2 + 2 * s * cross + s * s * square)
@@ -330,65 +364,6 @@ class LoraLinear(LowRankModule):
             raise RuntimeError(f"{self.path}.{name} has no initial values before prepare_base_rows")
         value = torch.empty(self.shapes[name])
         return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._make_generator(name))
-
-
-class LoraEmbedding(LowRankModule):
-    """An embedding with LoRA, in PEFT's form: no dropout, ``A`` starts at zero and ``B`` normal.
-
-        y = E[i] + s (B A)[:, i]        A [r, vocab], B [hidden, r]
-
-    An output head tied to the embedding keeps using the unchanged ``E``.
-
-    Args:
-        base: the wrapped embedding.
-        path: its name in the model.
-        spec: settings of the module; DoRA and other initializations do not apply.
-        device: where the (unfilled) parameters are made.
-    """
-
-    starts_at_zero = "lora_embedding_A"
-    spec: LoraSpec
-    lora_embedding_A: nn.Parameter
-    lora_embedding_B: nn.Parameter
-
-    def __init__(
-        self, base: nn.Embedding, path: str, spec: LoraSpec, device: torch.device | str = "meta"
-    ) -> None:
-        super().__init__(path, spec)
-        if spec.dora:
-            raise UserError(
-                "adapter.use_dora cannot be combined with adapter.embeddings: the norms of an "
-                "embedding run over the whole vocabulary; set one of them to false"
-            )
-        self.base = base
-        self._add_meta_parameter(
-            "lora_embedding_A", (spec.r, base.num_embeddings), device, train=True
-        )
-        self._add_meta_parameter(
-            "lora_embedding_B", (base.embedding_dim, spec.r), device, train=True
-        )
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, which a tied head uses."""
-        return self.base.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """``ids`` [...] -> [..., hidden] in the type of the base."""
-        y: Tensor = self.base(ids)
-        if not self.is_enabled:
-            return y
-        dtype = self.spec.arithmetic
-        columns = F.embedding(ids, self.lora_embedding_A.T, padding_idx=self.base.padding_idx)
-        inner = columns.to(dtype) * self.spec.scaling
-        change = apply_linear(inner, self.lora_embedding_B)
-        scale = getattr(self.base, "embed_scale", None)  # Gemma scales its embeddings
-        if scale is not None:
-            change = change * scale
-        return (y + change).to(y.dtype)
-
-    def _draw_initial_values(self, name: str) -> Tensor:
-        return torch.randn(self.shapes[name], generator=self._make_generator(name))
 
 
 def _exact_row_norm(squares: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from dist_peft.adapters.lora.embedding import LoraEmbedding
 from dist_peft.adapters.lora.expert_format import (
     is_taken_for_experts,
     list_target_parameters,
@@ -19,7 +20,7 @@ from dist_peft.adapters.lora.expert_format import (
 from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.lora.format import build_public_lora, drop_unused_ranks
 from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
-from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
+from dist_peft.adapters.lora.layer import LoraLinear, LoraSpec
 from dist_peft.adapters.lora.siblings import link_siblings
 from dist_peft.adapters.lora.through_quantizer import (
     ThroughLinear,

@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.lora.layer import LoraLinear
+from dist_peft.adapters.lora.layer import FrozenProducts, LoraLinear
 from dist_peft.adapters.low_rank.blocked_product import BLOCK_ROWS, add_blocked_product
 from dist_peft.adapters.low_rank.zero_points import move_packed_zeros
 from dist_peft.adapters.step_hooks import ParameterAccess
@@ -46,7 +46,7 @@ from dist_peft.core.config.adapter_checks import NESTED_SCALES
 from dist_peft.core.config.through_options import ThroughStart
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.adapter_module import Reduce, RowUpdate
+from dist_peft.model.adapter_module import JoinedForm, Reduce, RowUpdate
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import make_finer_codec
 from dist_peft.quant.kept_grid import count_changed_codes, quantize_on_grid
@@ -92,7 +92,6 @@ class ThroughLinear(LoraLinear):
     """
 
     keeps_base = False
-    has_change_alone = False
     start: ThroughStart = "none"
     own_span: Span
     own_rows: Tensor
@@ -124,7 +123,18 @@ class ThroughLinear(LoraLinear):
         value = torch.empty(self.shapes[name])
         return value.uniform_(-bound, bound, generator=self._make_generator(name))
 
-    def forward(self, x: Tensor, *, is_change: bool = False) -> Tensor:
+    @property
+    def joined_form(self) -> JoinedForm:
+        return None  # it trains the base's bytes
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        is_change: bool = False,
+        gives_directions: bool = False,
+        products: FrozenProducts | None = None,
+    ) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of ``x``; there is no change alone."""
         assert not is_change, "the base's bytes are trained"
         if self.start == "lora":

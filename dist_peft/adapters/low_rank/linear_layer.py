@@ -7,11 +7,11 @@ output.
 """
 
 from abc import abstractmethod
-from typing import ClassVar
 
 from torch import Tensor
 
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
+from dist_peft.model.adapter_module import JoinedForm
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 
@@ -34,8 +34,9 @@ class LowRankLinear(LowRankModule):
         super().__init__(path, spec)
         self.base, self.dropout = base, dropout
 
-    has_change_alone: ClassVar[bool] = True
-    """Whether calls take ``is_change``."""
+    @property
+    def joined_form(self) -> JoinedForm:
+        return "change"
 
     def forward(self, x: Tensor, *, is_change: bool = False) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of the base's output.

@@ -1,8 +1,9 @@
 """Train the points of a sweep: K training loops whose gradients are computed together.
 
 Each point has the trainer, loaders, checkpoints and directory of an ordinary run. Its loop asks for
-the gradients of a step (``app.step_exchange``); when all loops have asked, one pass over the base
-computes them all, and each loop continues with its update, metrics, evaluation, checkpoints::
+the gradients of a step, or for its held-out loss (``app.step_exchange``); when all loops have
+asked, one pass over the base computes them all, and each loop continues with its update, metrics,
+checkpoints::
 
     point 0   load | ........ | clip, update, record, evaluate, save |
     point 1        | load | . |                                      | clip, update, ...
@@ -14,18 +15,16 @@ kill between two checkpoints: each has its own.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from dist_peft.adapters.joined.method import JoinedAdapter
-from dist_peft.adapters.joined.row_shares import RowShares
 from dist_peft.app.adapter_job import AdapterJob, begin_training, end_training
 from dist_peft.app.document_isolation import count_packed_tokens
 from dist_peft.app.model_setup import (
@@ -39,24 +38,29 @@ from dist_peft.app.resolved_config import ResolvedConfig
 from dist_peft.app.run_directory import RunDirectory, make_run_directory, write_run_config
 from dist_peft.app.step_exchange import (
     ComputedGradients,
+    HeldOutPass,
     StepBatches,
     StepGenerator,
+    StepWork,
     compute_alone,
 )
 from dist_peft.app.sweep.halving import choose_stopped, read_held_out_losses
-from dist_peft.app.sweep.point_model import call_points_together, make_point_model
+from dist_peft.app.sweep.point_model import make_point_model
+from dist_peft.app.sweep.point_step import list_gathered_units, make_joined_step
 from dist_peft.app.sweep.ranking import write_ranking
 from dist_peft.app.sweep.sweep_file import PointState, SweepFile, open_sweep_file
 from dist_peft.app.trainer import Trainer
 from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.core.config.run import HalvingConfig
 from dist_peft.core.errors import RunFailure, UserError
-from dist_peft.core.stop_signals import RESUMABLE
+from dist_peft.core.stop_signals import RESUMABLE, StopRequested
 from dist_peft.core.world import World
+from dist_peft.data.loader import Loader
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.export.outlook import log_export_outlook
+from dist_peft.train.evaluate import EvalResult
+from dist_peft.train.joined_evaluation import evaluate_together
 from dist_peft.train.joined_step import AdapterWork, JoinedStep
-from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
 
 __all__ = ["train_sweep"]
@@ -95,6 +99,7 @@ def train_sweep(
     trained_on = [base for job in jobs.values() for base in job.trained_on]
     built = load_weights(setup, world, device, trained_on)
     adapter = cast(JoinedAdapter, setup.adapter)
+    units = list_gathered_units(built)
     runs = {
         number: _make_point_run(name, job, built, adapter, number, world, device)
         for number, (name, job) in enumerate(jobs.items())
@@ -102,8 +107,9 @@ def train_sweep(
     runs[0].trainer.check_loaded_model()
     world.run_on_first("write config.yaml", partial(write_run_config, directory.path, config))
     world.run_on_first("write sweep.json", records.write)
-    step = None if config.train.exact else _make_joined_step(built, runs, world)
-    sweep = SweepLoop(runs, records, step, adapter.shares, world, stop, config.sweep.halving)
+    trainings = [run.trainer.training for run in runs.values()]
+    step = make_joined_step(built, trainings, units, world)
+    sweep = SweepLoop(runs, records, step, world, stop, config.sweep.halving)
     if not sweep.train_points():
         return RESUMABLE
     world.run_on_first("write the ranking", partial(write_ranking, directory.path, records))
@@ -137,22 +143,6 @@ def _prepare_points(
     return setup, jobs
 
 
-def _make_joined_step(
-    built: LoadedModel, runs: "Mapping[int, PointRun]", world: World
-) -> JoinedStep:
-    adapter, training = cast(JoinedAdapter, built.setup.adapter), runs[0].trainer.training
-    objective = cast(TokenObjective, training.loaders.objective)  # others are refused
-
-    def enter_pass(numbers: Sequence[int]) -> AbstractContextManager[nn.Module]:
-        trained = [runs[number].trainer.training for number in numbers]
-        return call_points_together(built.model, [(t.built.model, t.call) for t in trained])
-
-    return JoinedStep(
-        *(built.model, built.engine, objective, world, adapter.adapters, adapter.shares),
-        enter_pass=enter_pass,
-    )
-
-
 @dataclass
 class PointRun:
     """A point that is trained.
@@ -166,7 +156,7 @@ class PointRun:
     trainer: Trainer
     resume_from: Path | None
     steps: StepGenerator | None = None
-    work: StepBatches | None = None
+    work: StepWork | None = None
 
 
 def _make_point_run(
@@ -192,15 +182,13 @@ class SweepLoop:
 
     Attributes:
         runs: by number of the point.
-        step: computes their gradients; None: each has passes of its own (``train.exact``).
-        shares: of the model's layers.
+        step: computes their gradients.
         is_stopped: a signal has ended the loop of a point before its last step.
     """
 
     runs: Mapping[int, PointRun]
     records: SweepFile
-    step: JoinedStep | None
-    shares: RowShares
+    step: JoinedStep
     world: World
     stop: Callable[[], bool]
     halving: HalvingConfig | None
@@ -213,7 +201,11 @@ class SweepLoop:
                 if not self._is_complete(run):
                     self._begin_point(run)
             while works := {k: run for k, run in self.runs.items() if run.work is not None}:
-                self._train_step(self._select_below_rung(works))
+                evaluated = {k: r for k, r in works.items() if isinstance(r.work, HeldOutPass)}
+                if evaluated:
+                    self._evaluate_points(evaluated)
+                else:
+                    self._train_step(self._select_below_rung(works))
         except BaseException as error:
             self._close_loops(error)
             raise
@@ -276,18 +268,16 @@ class SweepLoop:
 
     def _train_step(self, works: Mapping[int, PointRun]) -> None:
         """Compute the gradients of all points that have asked, and let each continue."""
-        if self.step is None:
-            for number, run in works.items():
-                with self.shares.give_all(number):  # recomputed in backward, too
-                    found = compute_alone(cast(StepBatches, run.work), run.trainer.training)
-                self._advance(run, found)
-            return
         begin, before = time.perf_counter(), self.step.engine.bytes_gathered
         asked = {
             k: AdapterWork(run.trainer.training.num_steps, *cast(StepBatches, run.work))
             for k, run in works.items()
         }
+        if not self.step.can_join(asked):
+            return self._train_apart(works)
         losses = self.step.accumulate_gradients(asked)
+        if not self.step.engine.keeps_parts_in_range():
+            return self._train_apart(works)
         seconds = time.perf_counter() - begin
         gathered = self.step.engine.bytes_gathered - before
         for number, run in works.items():
@@ -295,12 +285,39 @@ class SweepLoop:
             run.trainer.training.accept_gradients(asked[number].batches, mean, own)
             self._advance(run, ComputedGradients(mean, seconds, gathered))
 
-    def _advance(self, run: PointRun, found: ComputedGradients | None) -> None:
-        """Let a loop continue to the next step whose gradients it needs, or to its end."""
+    def _train_apart(self, works: Mapping[int, PointRun]) -> None:
+        """The same by passes of each point, one after another."""
+        for number, run in works.items():
+            with self.step.shares.give_all(number):
+                found = compute_alone(cast(StepWork, run.work), run.trainer.training)
+            self._advance(run, found)
+
+    def _evaluate_points(self, works: Mapping[int, PointRun]) -> None:
+        """Compute the held-out losses of all points that have asked, and let each continue."""
+        found: Mapping[int, EvalResult | StopRequested]
+        try:
+            rows = {k: run.trainer.loaders.eval for k, run in works.items()}
+            loaders = cast(Mapping[int, Loader[Any]], rows)  # no pass without held-out data
+            compute = self.step.compute_statistics
+            found = evaluate_together(self.step.model, loaders, compute, self.world)
+        except StopRequested as error:
+            found = dict.fromkeys(works, error)
+        for number, run in works.items():
+            self._advance(run, found[number])
+
+    def _advance(self, run: PointRun, found: object) -> None:
+        """Let a loop continue to the next work that it needs, or to its end.
+
+        Args:
+            found: result of the work that it asked for, or the error; None: it begins.
+        """
         assert run.steps is not None
         run.work = None
         try:
-            run.work = next(run.steps) if found is None else run.steps.send(found)
+            if isinstance(found, BaseException):
+                run.work = run.steps.throw(found)
+            else:
+                run.work = next(run.steps) if found is None else run.steps.send(found)
         except StopIteration as end:
             run.steps = None
             self._end_point(run, end.value)

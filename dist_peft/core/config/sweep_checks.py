@@ -12,18 +12,17 @@ __all__ = ["check_sweep_options"]
 
 _ALLOWED: dict[str, tuple[tuple[object, ...], str]] = {
     "adapter.kind": (
-        ("lora", "qalora", "loha", "lokr"),
-        "has no product of its own for some rows of a batch; use lora, qalora, loha or lokr",
+        ("lora", "qalora", "adalora", "vera", "loha", "lokr", "ia3"),
+        "has no product of its own for some rows of a batch; use lora, qalora, adalora, vera, "
+        "loha, lokr or ia3",
     ),
     "adapter.init": (
         ("default", "pissa", "loftq"),
         "derives its start from the training data, by passes before the training; use default, "
         "pissa or loftq",
     ),
-    "adapter.use_dora": ((False,), "multiplies the base's weight by its own factors once more"),
     "adapter.keep_zeros": ((False,), "decodes the base's weight for each adapter"),
     "adapter.through_quantizer": ((False,), "trains the bytes of the base that all adapters share"),
-    "adapter.embeddings": ((False,), "adapts the embedding, which is not split by rows yet"),
     "base.head": (("lm",), "has a head of its own for each adapter"),
     "train.tasks": (("mixed",), "trains its adapters one after the other; leave it out"),
     "train.neftune_alpha": ((0.0,), "adds noise to whole batches"),

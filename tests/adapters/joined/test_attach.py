@@ -1,4 +1,5 @@
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from dist_peft.adapters.joined.attach import attach_joined, get_alone_name
 from dist_peft.adapters.joined.layer import JoinedLayer
 from dist_peft.adapters.joined.row_shares import RowShares
+from dist_peft.adapters.lora.layer import LoraLinear
 from dist_peft.adapters.lora.method import LoraAdapter
 from dist_peft.core.config.run import LoraConfig
 from dist_peft.core.errors import UserError
@@ -43,7 +45,10 @@ def test_names_are_those_of_each_alone() -> None:
 
 def test_layers_without_a_change_are_refused() -> None:
     """Such as those of experts."""
-    model, adapter = frozen_model(tiny_llama()), make_adapter(embeddings=True)
-    with pytest.raises(UserError, match="embed_tokens are experts of a mixture"):
+    model, adapter = frozen_model(tiny_llama()), make_adapter()
+    with (
+        mock.patch.object(LoraLinear, "joined_form", None),
+        pytest.raises(UserError, match="q_proj are experts of a mixture"),
+    ):
         attach_joined(model, [adapter], RowShares())
     assert isinstance(model, nn.Module)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear
+from dist_peft.adapters.lora.embedding import LoraEmbedding
+from dist_peft.adapters.lora.layer import LoraLinear
 from dist_peft.adapters.method_table import make_adapter
 from dist_peft.core.config.run import LoraConfig
 from dist_peft.core.errors import UserError
