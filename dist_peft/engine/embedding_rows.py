@@ -16,22 +16,22 @@ The rows are copies, so that results are those of the whole table, bit for bit. 
 ask for as many bytes as whole tables have, the whole one is gathered, as for an id that is outside
 of the table, at which the embedding then fails.
 
-The ranks read counts before they go on. A GPU would have to finish first, for each micro-batch,
-therefore tables on GPUs are gathered whole.
+The ranks read the counts before they continue. A GPU would have to finish first, for each
+micro-batch, therefore tables on GPUs are gathered whole.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_peft.engine.compat import all_gather
-from dist_peft.engine.gather_unit import ShardedParameter
+from dist_peft.engine.gather_unit import GatherUnit, ShardedParameter
 from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.quant.assumed_device import get_assumed_device
 
-__all__ = ["EmbeddingRows", "RowOwner", "can_look_up_rows"]
+__all__ = ["EmbeddingRows", "RowOwner", "can_look_up_rows", "register_lookup_hooks"]
 
 _ID_BYTES = 8
 _TOO_MANY = 2**40
@@ -139,3 +139,26 @@ class EmbeddingRows:
         sent = torch.empty(count * self.slot.row_bytes, dtype=torch.uint8)
         self._allocate_rows(count).copy_(sent)
         return ids
+
+
+def register_lookup_hooks(module: nn.Module, unit: GatherUnit, owner: RowOwner) -> None:
+    """Hook an embedding, the only parameter of ``unit``: its backward does not read the table."""
+    rows = EmbeddingRows(unit.slots[0], owner)
+
+    def before_forward(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor] | None:
+        unit.calls += 1
+        if len(inputs) == 1 and not unit.whole and unit.pending is None:
+            numbers = rows.gather_rows(inputs[0])
+            if numbers is not None:
+                unit.has_some_rows = True
+                return (numbers,)
+        unit.wait_gathered()
+        return None
+
+    def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+        unit.calls -= 1
+        if not unit.calls:
+            unit.free_full_tensors()
+
+    module.register_forward_pre_hook(before_forward)
+    module.register_forward_hook(after_forward, always_call=True)

@@ -37,7 +37,7 @@ from dist_peft.core.config.engine import EngineConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.engine.chunk_gather import all_gather_chunks
-from dist_peft.engine.embedding_rows import EmbeddingRows, can_look_up_rows
+from dist_peft.engine.embedding_rows import can_look_up_rows, register_lookup_hooks
 from dist_peft.engine.gather_unit import GatherUnit, ShardedParameter
 from dist_peft.engine.mesh import list_end_modules
 from dist_peft.engine.outer_units import MIN_UNIT_BYTES, OuterUnit, list_outer_units
@@ -152,7 +152,7 @@ class RowShardedParameters:
         self._outer.append(gathered)
         for module in unit.modules:
             if len(slots) == 1 and can_look_up_rows(module, embedding):
-                self._register_lookup_hooks(module, gathered)
+                register_lookup_hooks(module, gathered, self)
             else:
                 self._register_outer_hooks(module, gathered, is_head=module in heads)
 
@@ -324,28 +324,6 @@ class RowShardedParameters:
 
         module.register_forward_pre_hook(before_forward)
         module.register_forward_hook(after_forward)
-
-    def _register_lookup_hooks(self, module: nn.Module, unit: GatherUnit) -> None:
-        """Hook an embedding, whose backward, if it has any, does not read the table."""
-        rows = EmbeddingRows(unit.slots[0], self)
-
-        def before_forward(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor] | None:
-            unit.calls += 1
-            if len(inputs) == 1 and not unit.whole and unit.pending is None:
-                numbers = rows.gather_rows(inputs[0])
-                if numbers is not None:
-                    unit.has_some_rows = True
-                    return (numbers,)
-            unit.wait_gathered()
-            return None
-
-        def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
-            unit.calls -= 1
-            if not unit.calls:
-                unit.free_full_tensors()
-
-        module.register_forward_pre_hook(before_forward)
-        module.register_forward_hook(after_forward, always_call=True)
 
     def _register_outer_hooks(self, module: nn.Module, unit: GatherUnit, is_head: bool) -> None:
         """Hook a module of a unit outside of the blocks; others may share it or contain it."""

@@ -39,13 +39,16 @@ def plan_tree(tree: dict[str, Any], ranks: int) -> RunPlan:
     return plan_run(planned, Cluster(1, ranks, 2**34, GPUS["h100"]), device_type="cpu")
 
 
-def assert_plan_holds(plan: RunPlan, measured: list[dict[str, int]], name: str) -> None:
+def assert_plan_holds(
+    plan: RunPlan, measured: list[dict[str, int]], name: str, repeated: float = 0
+) -> None:
+    """``repeated``: share of the planned bytes that tokens of the same number may save, of which
+    the plan gathers each one's row of the embedding."""
     assert plan.own_rows == tuple(rank["rows"] for rank in measured)
     assert plan.resting.device_total == measured[0]["resting"]
     assert_peak_holds(plan, measured[0], name)
-    # exact but for rows of the embedding: a plan counts different tokens, of which padding is none
     spare = plan.traffic.gathered - measured[0]["gathered"]
-    assert 0 <= spare <= 0.1 * plan.traffic.gathered
+    assert 0 <= spare <= repeated * plan.traffic.gathered
 
 
 def assert_peak_holds(plan: RunPlan, measured: dict[str, int], name: str) -> None:
@@ -140,7 +143,8 @@ def test_three_ranks(base: Path) -> None:
     }
     measured = run_ranks(measure_steps, 3, trees)
     for name, tree in trees.items():
-        assert_plan_holds(plan_tree(tree, 3), [rank[name] for rank in measured], name)
+        repeated = 0.05 if "a pass more" in name else 0  # sampled tokens
+        assert_plan_holds(plan_tree(tree, 3), [rank[name] for rank in measured], name, repeated)
 
 
 @pytest.mark.dist

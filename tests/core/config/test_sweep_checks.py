@@ -24,7 +24,7 @@ def tree(**sections: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"adapter": {"kind": "ia3"}}, "sweep: adapter.kind ia3 has no product of its own"),
+        ({"adapter": {"kind": "bottleneck"}}, "adapter.kind bottleneck has no product of its own"),
         ({"adapter": {"init": "eva"}}, "sweep: adapter.init eva derives its start"),
         ({"adapter": {"init": "loftq"}, "sweep": {"r": [2, 4]}}, "different r; with adapter.init"),
         ({"adapter": {"kind": "loha"}, "sweep": {"lr_ratio": [2, 4]}}, "0 has lr_ratio, not a key"),
@@ -44,7 +44,6 @@ def tree(**sections: Any) -> dict[str, Any]:
             },
             "points of other data have other held-out records",
         ),
-        ({"adapter": {"use_dora": True}}, "sweep: adapter.use_dora True multiplies"),
         ({"train": {"neftune_alpha": 5}}, "sweep: train.neftune_alpha 5.0 adds noise"),
         ({"train": {"tasks": "separate"}}, "sweep: train.tasks separate trains its adapters"),
         ({"save": {"track": ["mlflow", "trackio"]}}, "sweep: save.track trackio follows one run"),
