@@ -30,7 +30,6 @@ from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.naming import TensorNames
 from dist_peft.model.prequantized.base import PrequantizedBase
 from dist_peft.quant.codec import Codec, RawCodec
-from dist_peft.quant.ordered_columns import OrderedColumnsCodec
 
 __all__ = [
     "FrozenReplacement",
@@ -224,7 +223,8 @@ def _open_packed_pieces(
     if len(parts) < len(pieces) or len({linear.codec for _, linear in parts}) > 1:
         plain = next((p.name for p, one in zip(pieces, opened, strict=True) if one is None), None)
         why = f": {plain} is not quantized" if plain else ""
-        if any(isinstance(linear.codec, OrderedColumnsCodec) for _, linear in parts):
+        alike = len({linear.codec.describe_storage() for _, linear in parts}) == 1
+        if not plain and alike:  # only the orders of their columns differ
             why = ": each has an order of columns of its own (act-order), and a stack has one"
         raise UserError(
             f"{packed.format_label}: the experts next to {pieces[0].name} are not all stored alike"

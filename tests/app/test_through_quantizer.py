@@ -248,7 +248,8 @@ def test_a_start_in_8_bits_is_the_same_on_engines_and_across_a_cut(tmp_path: Pat
             torch.tensor(losses(tmp_path / name)), torch.tensor(expected), rtol=1e-4, atol=0
         )
     _, early, late, last = count_gathered(tmp_path / "fsdp2")
-    assert early > 1.5 * late and late == last
+    # rows of the embedding are those of each step's tokens
+    assert early > 1.5 * late and abs(late - last) < 0.02 * late
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from dist_peft.model.skeleton import build_skeleton
 from dist_peft.model.weight_probe import find_externally_read_linears, list_weights_read_by
 from dist_peft.store.reader import RowReader
 from tests.support.loaded_models import IDS
-from tests.support.tiny_models import _COMMON, _GROUPED, save_model
+from tests.support.tiny_models import _GROUPED, save_model
 
 CPU = torch.device("cpu")
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
@@ -119,13 +119,6 @@ REFUSED: dict[str, tuple[tf.PretrainedConfig, str]] = {
         "its layers share weights",
     ),
 }
-if hasattr(tf, "KimiLinearConfig"):  # the lowest transformers has not
-    REFUSED["kimi_linear"] = (
-        tf.KimiLinearConfig(
-            **{**_COMMON, "num_hidden_layers": 4}, num_experts=4, moe_intermediate_size=32
-        ),
-        "computes .*conv1d.* \\(Concatenate\\)",
-    )
 
 
 @pytest.mark.parametrize("family", REFUSED)
