@@ -110,7 +110,7 @@ def test_resumed_at_other_ranks(tmp_path: Path) -> None:
     # two micro-batches, forward and backward: four times everything, were it in float32
     most = 4 * (tmp_path / "qwen2_moe" / "model.safetensors").stat().st_size
     assert 0 < second.bytes_gathered < most / 2
-    assert first.bytes_gathered == pytest.approx(second.bytes_gathered, rel=1e-3)
+    assert first.bytes_gathered == pytest.approx(second.bytes_gathered, rel=1e-2)  # other tokens
 
 
 def test_resumed_without_travelling_tokens(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_peft_and_transformers_compute_the_same(family: str, tmp_path: Path) -> 
 
 def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On NF4, from files that have the experts stacked: the merge into the decoded base gives the
-    trained logits; formats that know single experts refuse."""
+    trained logits; formats that know single experts see them so."""
     whole = tree(tmp_path, "qwen2_moe", train__steps=6, train__lr=0.1, base__quant=NF4)
     base = Path(whole["base"]["path"])
     load(base).save_pretrained(base, save_original_format=False)
@@ -253,12 +253,12 @@ def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     merged = compare_logits(load(tmp_path / "merged")(input_ids=probe.input_ids).logits, probe)
     print(f"merged into the decoded base: {merged.relative:.1e}")
     assert merged.relative < 0.05
-    reasons = {"mlx": "have the experts stacked", "gguf": "have the experts stacked"}
-    for name, reason in reasons.items():
+    for name in ("mlx", "fp8"):  # of single experts, whose 40 columns these formats do not divide
         out = ["--format", name, "--out", str(tmp_path / name)]
         assert cli.main(["export", "--run", str(run), *out]) == 2
         close_log()
-        assert reason in capsys.readouterr().err
+        text = capsys.readouterr().err
+        assert "experts.0.down_proj.weight is an expert's with in_features 40" in text
 
 
 REFUSED = {

@@ -144,6 +144,8 @@ def test_the_transcript_prints_its_lines(
             wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0, 120, "a step")
         elif program == "cat":
             wait_until(lambda: slurm.state(job) == "PENDING", 60, "job in the queue again")
+            reason = ("squeue", "--noheader", f"--jobs={job}", "--format=%R")
+            wait_until(lambda: "BeginTime" in slurm.call(*reason), 60, "the reason it waits for")
         elif program == "scontrol":
             time.sleep(2)  # slurmd refuses a job that comes back within the second of its end
         elif program == "grep" and job:

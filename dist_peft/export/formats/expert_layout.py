@@ -94,8 +94,8 @@ class ExpertLayout:
             if not (walk.is_packable(weight) and packer.can_pack(weight)):
                 raise UserError(
                     f"{weight.name} is an expert's with in_features {weight.num_columns}, which "
-                    "groups of this size do not divide, and readers want all experts packed; "
-                    "choose a smaller --group-size"
+                    "groups or words of this format do not divide, and readers want all experts "
+                    "packed; choose a smaller --group-size, or another format"
                 )
         if self.by_modules:
             walk.weights = name_by_modules(walk.weights)
