@@ -4,10 +4,12 @@
 and projection. It is asked to write one that has the numbers of its rows for values, so that the
 result tells which rows each tensor has::
 
-    model.layers.0.mlp.experts.gate_up_proj  [E, 2I, 1]   0, 1, 2, ...
+    model.layers.0.mlp.experts.gate_up_proj  [E, 2I, 2]   0, 0, 1, 1, ...
     ->  model.layers.0.mlp.experts.0.gate_proj.weight     rows 0 to I - 1
         model.layers.0.mlp.experts.0.up_proj.weight       rows I to 2I - 1
         ...
+
+Two columns, since older versions squeeze a single one away.
 """
 
 import torch
@@ -31,15 +33,17 @@ def list_expert_names(
         rows: of one expert.
     """
     numbers = torch.arange(experts * rows, dtype=torch.float64).view(experts, rows, 1)
+    numbers = numbers.repeat(1, 1, 2)
     found: list[tuple[str, Span]] = []
     try:
         tensors = revert_weight_conversion(model, {path: numbers})
     except (AttributeError, RuntimeError, ValueError):
         return None  # a conversion that looks at the parameter itself (Qwen3-VL-MoE)
     for name, value in tensors.items():
-        flat = value.flatten()
-        span = Span(int(flat[0]), int(flat[0]) + len(flat))
-        if value.dim() != 2 or not torch.equal(flat, torch.arange(span.start, span.stop).double()):
+        first = int(value.flatten()[0])
+        span = Span(first, first + len(value))
+        expected = torch.arange(span.start, span.stop).double().view(-1, 1).repeat(1, 2)
+        if not torch.equal(value, expected):
             return None
         found.append((name, span))
     found.sort(key=lambda piece: piece[1].start)
