@@ -1,19 +1,22 @@
 """Large models on 2 to 512 ranks, in one process and without weights.
 
-    python benchmarks/fake_world.py [--cases NAME ...] [--directory DIR]
+    python benchmarks/fake_world.py [--cases NAME ...] [--read-at-most MIB] [--directory DIR]
 
 Every case has a full-width model from ``configs/bases`` over sparse files (headers with holes), one
 rank of a process group that sends nothing, and the project's own skeleton, engine, loader and plan:
 
 * the rows of all ranks add up to the packed model;
 * a rank reads 1/N of the files: computed for every tensor, and where its share is below
-  300 MiB really read, encoded and kept, with the files that are open meanwhile;
+  ``--read-at-most`` (300 MiB) really read, encoded and kept, with the files that are open meanwhile
+  and the largest private memory above that of the process before it;
 * largest tensors of each phase of a step (traced on fake tensors), and bytes gathered.
 
-Values do not exist: zeros are read, nothing is sent, nothing is multiplied.
+Values do not exist: zeros are read, nothing is sent, nothing is multiplied. Cases that are not
+named keep their result of an earlier run.
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, RESULTS, print_table, run_config, write_result
+from common import MIB, RESULTS, Memory, PeakMemory, print_table, run_config, write_result
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.span import row_span
@@ -76,7 +79,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Of one case; bytes. ``read`` and ``open_files`` are None where the share was not read."""
+    """Of one case; bytes. ``read``, ``open_files``, ``peak`` (private memory while it was read,
+    above that of before) and ``kept`` (the same afterwards) are None where it was not read."""
 
     name: str
     parameters: int
@@ -89,6 +93,8 @@ class CaseResult:
     to_read: int
     read: int | None
     open_files: int | None
+    peak: int | None
+    kept: int | None
     phases: dict[str, int]
     resting: int
     gathered: int
@@ -105,6 +111,8 @@ class CaseResult:
             self.file_bytes / self.to_read,
             "-" if self.read is None else f"{self.read / MIB:.1f}",
             "-" if self.open_files is None else self.open_files,
+            "-" if self.peak is None else f"{self.peak / MIB:.1f}",
+            "-" if self.kept is None else f"{self.kept / MIB:.1f}",
             self.resting / MIB,
             *phases,
             self.gathered / 2**30,
@@ -120,6 +128,8 @@ HEADER = (
     "files / to read",
     "read MiB",
     "open files",
+    "peak MiB",
+    "kept MiB",
     "rest MiB",
     "forward",
     "head",
@@ -151,9 +161,7 @@ def run_case(case: Case, read_at_most: int = 300 * MIB) -> CaseResult:
         plan = plan_run(planned, cluster)
         world = cluster.make_world(config.engine, rank=case.ranks // 2)
         share = count_bytes_to_read(planned, world)
-        read, opened = None, None
-        if share <= read_at_most:
-            read, opened = load_share(planned, world)
+        loaded = load_share(planned, world) if share <= read_at_most else LoadedShare()
     index = planned.skeleton.index
     parameters = list(planned.skeleton.tensors.values())
     return CaseResult(
@@ -166,8 +174,10 @@ def run_case(case: Case, read_at_most: int = 300 * MIB) -> CaseResult:
         len(index.files),
         sum(info.stop - info.start for info in index.tensors.values()),
         share,
-        read,
-        opened,
+        loaded.read,
+        loaded.open_files,
+        loaded.peak,
+        loaded.kept,
         {phase.phase: phase.total for phase in plan.memory.phases},
         plan.resting.device_total,
         plan.traffic.gathered,
@@ -193,34 +203,57 @@ def count_bytes_to_read(planned: PlannedModel, world: World) -> int:
     )
 
 
-def load_share(planned: PlannedModel, world: World) -> tuple[int, int]:
-    """Load a rank's rows; return the bytes read and the number of files open at the end."""
+@dataclass(frozen=True)
+class LoadedShare:
+    """Bytes of a rank's rows: read from the files, private memory at its largest and afterwards."""
+
+    read: int | None = None
+    open_files: int | None = None
+    peak: int | None = None
+    kept: int | None = None
+
+
+def load_share(planned: PlannedModel, world: World) -> LoadedShare:
+    """Load a rank's rows as a run does."""
     skeleton, config = planned.skeleton, planned.config
     with fake_process_group(world):
         engine = make_engine(config.engine, config.train, world, CPU)
-        engine.shard_model(skeleton.model, skeleton.blocks)
-        with RowReader(skeleton.index) as reader:
-            load_model(skeleton.model, reader, engine, CPU)
-            files = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
-            names = [os.readlink(file) for file in files if os.path.exists(file)]
-            own = {str(file.resolve()) for file in skeleton.index.path.glob("*.safetensors")}
-            opened = sum(name in own for name in names)
-            return reader.bytes_read, opened
+        with PeakMemory() as memory:
+            engine.shard_model(skeleton.model, skeleton.blocks)
+            with RowReader(skeleton.index) as reader:
+                load_model(skeleton.model, reader, engine, CPU)
+                opened = count_open_files(skeleton.index.path)
+                read = reader.bytes_read
+            kept = Memory.now().anonymous
+        before = memory.before.anonymous
+        return LoadedShare(read, opened, memory.anonymous - before, kept - before)
+
+
+def count_open_files(directory: Path) -> int:
+    """Return the number of descriptors of this process on safetensors files of ``directory``."""
+    files = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    names = [os.readlink(file) for file in files if os.path.exists(file)]
+    own = {str(file.resolve()) for file in directory.glob("*.safetensors")}
+    return sum(name in own for name in names)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     known = {case.name: case for case in CASES}
     parser.add_argument("--cases", nargs="+", choices=known, default=list(known))
+    parser.add_argument("--read-at-most", type=float, default=300, help="MiB of a rank")
     parser.add_argument("--directory", type=Path, default=RESULTS, help="of the result")
     args = parser.parse_args(arguments)
     results = []
     for name in args.cases:
-        results.append(run_case(known[name]))
+        results.append(run_case(known[name], int(args.read_at_most * MIB)))
         print(f"{name}: {results[-1].cpu_seconds:.1f} CPU s", flush=True)
     print_table(HEADER, [result.row() for result in results])
-    found: list[dict[str, Any]] = [asdict(result) for result in results]
-    write_result("fake_world", found, args.directory)
+    file = args.directory / "fake_world.json"
+    earlier = json.loads(file.read_text())["result"] if file.is_file() else []
+    found: dict[str, dict[str, Any]] = {row["name"]: row for row in earlier}
+    found |= {result.name: asdict(result) for result in results}
+    write_result("fake_world", [found[n] for n in known if n in found], args.directory)
 
 
 if __name__ == "__main__":

@@ -312,8 +312,10 @@ def _make_loader(
         data_rank=world.data_rank,
         data_size=world.data_size,
         seq_len=config.data.seq_len,
+        # Embeddings of padding tokens may be zero, and code that divides by the size of a hidden
+        # state (Gemma 3n) has no gradient there; no logits of a target depend on this choice.
         pad_id=choose_pad_token_id(tokenizer)
         if config.data.is_classification
-        else tokenizer.pad_token_id or 0,
+        else tokenizer.eos_token_id,
         order=order,
     )

@@ -198,7 +198,7 @@ def build_document_masks(
     if not window or longest <= window:
         window = None
     types = set(getattr(config, "layer_types", None) or ())
-    if not types or not _takes_mask_by_type(type(model).__module__):
+    if not types or not _takes_mask_by_type(_find_model_module(model)):
         return boundaries if window is None else None
     masks = dict.fromkeys(sorted(_LAYER_TYPES), boundaries)  # code may read both
     if window is not None and "sliding_attention" in types:
@@ -224,13 +224,13 @@ def select_document_attention(model: nn.Module) -> bool:
     config: Any = model.config
     text = config.get_text_config()
     types = set(getattr(text, "layer_types", None) or ())
-    source = _read_model_source(type(model).__module__)
+    source = _read_model_source(_find_model_module(model))
     if (
         config._attn_implementation != "sdpa"
         or not getattr(model, "_supports_attention_backend", False)
         or not types <= _LAYER_TYPES
         or any(getattr(module, "is_causal", True) is False for module in model.modules())
-        or (len(types) > 1 and not _takes_mask_by_type(type(model).__module__))
+        or (len(types) > 1 and not _takes_mask_by_type(_find_model_module(model)))
         or "ALL_ATTENTION_FUNCTIONS" not in source
         or "_attn_implementation ==" in source  # other code for sdpa
         or "cross_attn" in source  # attention to something else than the sequence
@@ -245,6 +245,15 @@ def select_document_attention(model: nn.Module) -> bool:
 @functools.cache  # asked for every micro-batch
 def _takes_mask_by_type(module: str) -> bool:
     return "attention_mask, dict)" in _read_model_source(module)
+
+
+def _find_model_module(model: nn.Module) -> str:
+    """Return the name of the module with the model's code.
+
+    FSDP2 gives a sharded model a class of its own, made in a module of PyTorch.
+    """
+    names = (kind.__module__ for kind in type(model).__mro__)
+    return next((name for name in names if not name.startswith("torch.")), type(model).__module__)
 
 
 def _read_model_source(module: str) -> str:

@@ -10,6 +10,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.model import document_attention
@@ -136,6 +137,22 @@ def test_no_mask_of_all_pairs_is_made() -> None:
         "full_attention": (1, 1, 1, 3),
         "sliding_attention": (1, 1, 1, 3),
     }
+
+
+@pytest.mark.parametrize("tokens", [30, 70])
+def test_a_class_that_fsdp2_made_has_the_masks_of_its_model(tokens: int) -> None:
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS["qwen3"])
+    model.config.sliding_window = 50
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert select_document_attention(model)
+    positions = make_positions([tokens, 5])
+    expected = build_document_masks(model, positions, is_packed=True)
+    module = "torch.distributed.fsdp._fully_shard._fully_shard"
+    model.__class__ = type("FSDPQwen3", (FSDPModule, type(model)), {"__module__": module})
+    masks = build_document_masks(model, positions, is_packed=True)
+    assert isinstance(masks, dict) and isinstance(expected, dict)
+    assert {n: mask.shape for n, mask in masks.items()} == {n: m.shape for n, m in expected.items()}
+    assert (masks["sliding_attention"].dtype == torch.bool) == (tokens > 50)
 
 
 @pytest.mark.parametrize(
