@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.span import Span
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenWeight, WeightRows
 from dist_peft.quant.packed_rows import CHUNK_ELEMENTS, count_chunk_rows
 from dist_peft.store.reader import RowReader
@@ -29,6 +30,11 @@ __all__ = ["LOAD_MEMORY", "PanelEncoder", "count_load_threads"]
 
 LOAD_MEMORY = 64 * 2**20
 """Most host memory of the temporaries of all threads of a rank together."""
+
+_COLUMN_MEMORY = 64 * 2**20
+"""Most host memory of the panels of transposed weights as read, of all threads together. Their rows
+are columns of the files, and a read of some columns passes over the whole matrix: with the panels
+of other weights (32 rows of Llama 4's experts) it would be read five hundred times."""
 
 _THREAD_MEMORY = 8 * 4 * CHUNK_ELEMENTS
 """A panel as read, and about seven float32 temporaries of it."""
@@ -60,7 +66,7 @@ class PanelEncoder:
     """
 
     def __init__(self, reader: RowReader, device: torch.device, threads: int = 1) -> None:
-        self._reader, self._device = reader, device
+        self._reader, self._device, self._threads = reader, device, threads
         self._pool = ThreadPoolExecutor(threads, "load") if threads > 1 else None
 
     def __enter__(self) -> Self:
@@ -95,7 +101,7 @@ class PanelEncoder:
             rows = self._encode_panel(linear, panel)
             packed[panel.shifted_by(-span.start).slice] = rows
 
-        panels = list(_split_into_panels(span, linear.in_features, self._device))
+        panels = list(_split_into_panels(span, self._count_panel_rows(linear)))
         if self._pool is None or len(panels) == 1:
             for panel in panels:
                 fill_panel(panel)
@@ -109,14 +115,21 @@ class PanelEncoder:
             torch.set_num_threads(before)
         return packed
 
+    def _count_panel_rows(self, linear: FrozenWeight) -> int:
+        rows = count_chunk_rows(linear.in_features, self._device)
+        if isinstance(linear, ExpertStack) and linear.is_transposed:
+            width = self._reader.index.find_tensor(linear.pieces[0].name).dtype.itemsize
+            rows = max(rows, _COLUMN_MEMORY // self._threads // (linear.in_features * width))
+        return rows
+
     def _encode_panel(self, linear: FrozenWeight, panel: Span) -> Tensor:
         return WeightRows.read_weight_rows(linear, self._reader, panel, self._device).to_packed()
 
 
-def _split_into_panels(span: Span, in_features: int, device: torch.device) -> Iterator[Span]:
+def _split_into_panels(span: Span, most_rows: int) -> Iterator[Span]:
     """Cut into panels that end at multiples of a power of two rows, as the blocks do in which rows
     are hashed (``store.content``), so that no block is in two panels."""
-    rows = 1 << count_chunk_rows(in_features, device).bit_length() - 1
+    rows = 1 << most_rows.bit_length() - 1
     start = span.start
     while start < span.stop:
         stop = min(start - start % rows + rows, span.stop)

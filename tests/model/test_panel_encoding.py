@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.model.experts import ExpertStack, StackPiece
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.panel_encoding import (
     LOAD_MEMORY,
@@ -20,6 +21,7 @@ from dist_peft.model.panel_encoding import (
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec, RawCodec
 from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.quant.packed_rows import count_chunk_rows
 from dist_peft.store.content import RowHashes, RowLayout
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.index import SafetensorsIndex
@@ -99,11 +101,32 @@ def test_no_hashed_block_is_in_two_panels(columns: int) -> None:
     """For files of 2 and 4 bytes a number: else the borders would be read twice."""
     for dtype in (torch.bfloat16, torch.float32):
         block = RowLayout.of_tensor(TensorSpec("w", dtype, (10**6, columns))).block_rows
-        panels = list(_split_into_panels(Span(1001, 3001), columns, CPU))
+        panels = list(_split_into_panels(Span(1001, 3001), count_chunk_rows(columns, CPU)))
         assert panels[0].start == 1001 and panels[-1].stop == 3001
         for one, other in pairwise(panels):
             assert one.stop == other.start and one.stop % block == 0
         assert max(map(len, panels)) * columns <= max(2**18, columns)
+
+
+@pytest.mark.parametrize("memory", [2**20, 3 * 200 * COLUMNS * 2])
+def test_transposed_weights_are_read_in_large_panels(
+    memory: int, weight: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of some columns of the file passes over all of its rows."""
+    monkeypatch.setattr("dist_peft.model.panel_encoding._COLUMN_MEMORY", memory)
+    save_file({"w": weight.T[None].contiguous()}, tmp_path / "model.safetensors")
+    stack = ExpertStack(1, COLUMNS, ROWS, Nf4Codec(32), "w", "meta")
+    stack.pieces, stack.is_transposed = (StackPiece("w", Span(0, ROWS)),), True
+    with (
+        RowReader(SafetensorsIndex.open(tmp_path)) as reader,
+        PanelEncoder(reader, CPU, 3) as encoder,
+    ):
+        packed = encoder.encode_rows(stack, Span(0, ROWS))
+        assert torch.equal(packed, Nf4Codec(32).quantize_to_packed(weight))
+        panels = 1 if memory == 2**20 else 2  # of 256 or 128 rows, not of 16
+        assert reader.bytes_read == weight.nbytes
+        assert panels * weight.nbytes * 0.98 < weight.nbytes + reader.bytes_skipped
+        assert weight.nbytes + reader.bytes_skipped <= panels * weight.nbytes
 
 
 def test_threads_are_this_ranks_share_of_the_cores() -> None:
