@@ -29,6 +29,7 @@ import torch
 from common import MIB, RESULTS, Memory, PeakMemory, print_table, run_config, write_result
 
 from dist_peft.core.config.run import BaseConfig
+from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from dist_peft.engine import make_engine
@@ -220,7 +221,7 @@ def load_share(planned: PlannedModel, world: World) -> LoadedShare:
         engine = make_engine(config.engine, config.train, world, CPU)
         with PeakMemory() as memory:
             engine.shard_model(skeleton.model, skeleton.blocks)
-            with RowReader(skeleton.index) as reader:
+            with return_freed_memory(), RowReader(skeleton.index) as reader:
                 load_model(skeleton.model, reader, engine, CPU)
                 opened = count_open_files(skeleton.index.path)
                 read = reader.bytes_read

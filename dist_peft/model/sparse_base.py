@@ -2,7 +2,7 @@
 
 ``config.json`` alone says which tensors a base has. Files whose headers list them and whose data is
 one hole (a sparse file takes no room on disk) can be opened, indexed and read like the real ones;
-every number in them is zero.
+every number in them is zero, but for the shapes that compressed-tensors keeps as tensors.
 
 A ``config.json`` of a base in FP8, MXFP4 or compressed-tensors' integers (``model.prequantized``)
 gives the tensors of that format, under the names of the published files: a tensor for each expert.
@@ -12,9 +12,11 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -31,6 +33,13 @@ from dist_peft.store.format import TensorSpec, build_header
 from dist_peft.store.index import INDEX_NAME
 
 __all__ = ["list_base_tensors", "write_sparse_base"]
+
+
+@dataclass(frozen=True)
+class _ShapeSpec(TensorSpec):
+    """An int64 tensor of two values: the shape of a weight."""
+
+    weight: tuple[int, ...]
 
 
 def list_base_tensors(
@@ -137,7 +146,7 @@ def _list_integer_tensors(
         words = (rows, -(-columns * bits // 32))
         listed.append(TensorSpec(f"{spec.name}_packed", torch.int32, words))
         listed.append(TensorSpec(f"{spec.name}_scale", spec.dtype, (rows, columns // size)))
-        listed.append(TensorSpec(f"{spec.name}_shape", torch.int64, (2,)))
+        listed.append(_ShapeSpec(f"{spec.name}_shape", torch.int64, (2,), spec.shape))
     return listed
 
 
@@ -200,6 +209,11 @@ def write_sparse_base(
         with (directory / file).open("wb") as opened:
             opened.write(header)
             opened.truncate(len(header) + sum(s.num_bytes for s in specs))
+            starts = {info.name: info.start for info in infos}
+            for spec in specs:
+                if isinstance(spec, _ShapeSpec):
+                    opened.seek(starts[spec.name])
+                    opened.write(np.asarray(spec.weight, "<i8").tobytes())
         places |= dict.fromkeys((info.name for info in infos), file)
     index = {"metadata": {}, "weight_map": places}
     (directory / INDEX_NAME).write_text(json.dumps(index))

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,9 @@ import torch
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.engine.single import SingleEngine
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.model.sparse_base import list_base_tensors, write_sparse_base
 from dist_peft.store.index import SafetensorsIndex
@@ -43,6 +47,34 @@ def test_prequantized_headers_are_those_of_the_real_files(kind: str, tmp_path: P
     assert shapes[0] == shapes[1]
     built = build_skeleton(BaseConfig(path="x"), sparse)
     assert built.prequantized is not None and built.prequantized.quant_config.kind == kind
+
+
+def test_a_mixture_in_integers_is_loaded(tmp_path: Path) -> None:
+    """Codes and scales are zero, the shapes of the weights are not."""
+    group = {"weights": {"num_bits": 4, "group_size": 8, "symmetric": True, "type": "int"}}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group | {"targets": ["Linear"]}},
+        "ignore": ["lm_head"],
+    }
+    config = MIXTURES["qwen3_moe"]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict() | {"quantization_config": settings}))
+    sparse = write_sparse_base(file, tmp_path / "sparse")
+    skeleton = build_skeleton(BaseConfig(path="x"), sparse)
+    engine = SingleEngine(torch.device("cpu"))
+    engine.shard_model(skeleton.model, skeleton.blocks)
+    with RowReader(skeleton.index) as reader:
+        load_model(skeleton.model, reader, engine, torch.device("cpu"))
+        assert reader.bytes_read == sum(t.num_bytes for t in skeleton.index.tensors.values())
+    stacks = [m for m in skeleton.model.modules() if isinstance(m, ExpertStack)]
+    assert len(stacks) == 2  # the first block has none
+    assert (
+        not stacks[0]
+        .codec.dequantize_rows(stacks[0].packed, stacks[0].in_features, torch.float32)
+        .any()
+    )
 
 
 def test_files_are_holes_that_can_be_read(tmp_path: Path) -> None:
