@@ -29,7 +29,7 @@ import torch
 from common import MIB, RESULTS, Memory, PeakMemory, print_table, run_config, write_result
 
 from dist_peft.core.config.run import BaseConfig
-from dist_peft.core.host_memory import return_freed_memory
+from dist_peft.core.host_memory import return_freed_memory, trim_heap
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from dist_peft.engine import make_engine
@@ -219,6 +219,7 @@ def load_share(planned: PlannedModel, world: World) -> LoadedShare:
     skeleton, config = planned.skeleton, planned.config
     with fake_process_group(world):
         engine = make_engine(config.engine, config.train, world, CPU)
+        trim_heap()  # what planning has freed would hold a part of the rows
         with PeakMemory() as memory:
             engine.shard_model(skeleton.model, skeleton.blocks)
             with return_freed_memory(), RowReader(skeleton.index) as reader:
