@@ -14,7 +14,7 @@ carries between two plain sockets. All forms compute in ``--dtype``; float32 is 
 processors without bf16 instructions multiply bf16 matrices many times more slowly.
 
 ``--experts E`` takes a mixture of E experts, two a token, LoRA on attention, and compares
-``nf4``, all experts gathered, with ``routed`` (``engine.gather_experts``)::
+``nf4``, all experts gathered, with ``routed`` and ``tokens`` (``engine.gather_experts``)::
 
     python benchmarks/wire.py --experts 64 --nodes 2 --links 1gbit --hidden 256 --seq-len 4
 """
@@ -283,7 +283,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
     args = parser.parse_args()
     if args.experts:
-        args.forms = ["nf4", "routed"]
+        args.forms = ["nf4", "routed", "tokens"]
     else:
         args.forms = ["bf16", *(form for form in args.forms if form != "bf16")]
     if min(args.nodes) < 2 or min(args.rounds, args.steps) < 1:

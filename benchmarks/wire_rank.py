@@ -36,12 +36,14 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "nf4": {"kind": "nf4"},
     "routed": {"kind": "nf4"},
+    "tokens": {"kind": "nf4"},
     "int8": {"kind": "int", "bits": 8},
     "int4": {"kind": "int", "bits": 4},
     "int3": {"kind": "int", "bits": 3},
     "int2": {"kind": "int", "bits": 2},
 }
-"""What travels -> ``base.quant``. ``routed``: of experts those that tokens are routed to."""
+"""What travels -> ``base.quant``. ``routed``: of experts those that tokens are routed to;
+``tokens``: none, their tokens do."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ def start(settings: dict[str, Any], form: str, world: World) -> Job:
         adapter={"r": settings["r"], **({"target_modules": ATTENTION} if is_mixture else {})},
         engine={
             "kind": settings["engine"],
-            "gather_experts": "routed" if form == "routed" else "all",
+            "gather_experts": form if form in ("routed", "tokens") else "all",
         },
         data={
             "train": [settings["data"]],

@@ -50,6 +50,7 @@ from dist_peft.engine.engine_protocol import (
     train_always,
 )
 from dist_peft.engine.exact_gradients import GradientRange, GradientScale, compute_exact_norm
+from dist_peft.engine.expert_factors import shard_expert_factors, sum_over_replicas
 from dist_peft.engine.integer_reduce_scatter import IntegerReduceScatter
 from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from dist_peft.engine.optimizer import LocalOptimizer
@@ -109,8 +110,9 @@ class Fsdp2Engine:
             resting_device=torch.device("cpu") if config.cpu_offload == "params" else device,
             experts=config.gather_experts,
         )
-        """Frozen parameters outside of the blocks."""
+        """Frozen parameters outside of the blocks, and experts that are not gathered with them."""
         self._counter = _CountingAllGather()
+        self._exchanging: Sequence[nn.Module] = ()
         self._units: list[FSDPModule] = []
         self._kept: list[FSDPModule] = []
         self._optimizer: LocalOptimizer | None = None
@@ -130,6 +132,9 @@ class Fsdp2Engine:
             ignored |= set(self.outer.shard_outer_units(model))
             if self.config.gather_experts != "all":
                 ignored |= set(self.outer.shard_experts(blocks))
+            if self.config.gather_experts == "tokens":
+                self._exchanging = blocks
+                ignored |= set(shard_expert_factors(blocks, self.mesh, self.outer))
         else:
             ignored |= {p for p in model.parameters() if not p.requires_grad}
         ends = _list_own_ends(model, ignored)
@@ -280,6 +285,7 @@ class Fsdp2Engine:
         for unit in self._kept:  # until the step changes the adapters among their parameters
             unit.set_reshard_after_backward(last, recurse=False)
         loss.backward()
+        sum_over_replicas(self._exchanging if last else (), self.mesh)
 
     def step(self, lr: float, max_norm: float) -> float:
         if self._is_part:  # another part may have been evaluated since the backward pass

@@ -218,10 +218,12 @@ class _RoutedHooks:
             tokens, chosen = self.experts.count_choices(*inputs)
             # the four experts or fewer that a trace gives tokens to are there
             return tuple(range(expect_routed(experts, chosen, tokens * owner.parts)))
-        routed = self.experts.mark_routed_experts(*inputs)
+        counts = self.experts.count_rows(*inputs)
+        routed = (counts > 0).to(torch.uint8)
         if owner.parts > 1:
             dist.all_reduce(routed, dist.ReduceOp.MAX, group=owner.group)
-        marks: list[int] = routed.tolist()
+        marks, own = torch.stack([routed.long(), counts]).tolist()  # one copy to the host
+        self.experts.known_counts = own
         return tuple(expert for expert, mark in enumerate(marks) if mark)
 
     def after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

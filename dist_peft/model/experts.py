@@ -28,23 +28,21 @@ Families may gate in another way (gpt-oss: rows of gate and up in turn, clamped)
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
+from dist_peft.model.expert_exchange import ExpertExchange, RowRoutes
 from dist_peft.model.frozen_linear import FrozenWeight, PrequantizedLinear
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.grouped_matmul import RowGroups, count_sorted, frozen_grouped_matmul
 from dist_peft.store.reader import RowReader
 
 __all__ = [
-    "ExpertExchange",
     "ExpertStack",
     "FrozenExperts",
     "Pieces",
-    "RowRoutes",
     "ScaledInputExperts",
     "StackPiece",
     "StoredPieces",
@@ -187,45 +185,6 @@ class ExpertStack(FrozenWeight):
         )
 
 
-class RowRoutes(Protocol):
-    """Where the rows of one call of experts are computed.
-
-    Attributes:
-        groups: of the caller's rows.
-    """
-
-    groups: RowGroups
-
-    def compute_at_owners(
-        self,
-        x: Tensor,
-        groups: RowGroups,
-        compute: Callable[[Tensor, RowGroups, Tensor], Tensor],
-    ) -> Tensor:
-        """Return the results ``[n, H]`` of ``x`` [n, H], both sorted as ``groups`` says.
-
-        Args:
-            groups: the routes' own, with tokens.
-            compute: computes rows of this rank's experts, which come from all ranks; gets also the
-                expert of each.
-        """
-        ...
-
-
-class ExpertExchange(Protocol):
-    """Has the rows of experts computed by the ranks that keep them (``engine.token_exchange``).
-
-    Attributes:
-        bytes_exchanged: received by this rank so far.
-    """
-
-    bytes_exchanged: int
-
-    def plan_routes(self, counts: Tensor, assumed_rows: int) -> RowRoutes:
-        """Tell all ranks how many rows each expert gets; see ``RowGroups.read_counts``."""
-        ...
-
-
 class FrozenExperts(nn.Module):
     """Replacement of a ``transformers`` experts module with the same forward signature.
 
@@ -238,9 +197,11 @@ class FrozenExperts(nn.Module):
 
     Attributes:
         exchange: sends rows to other ranks; None: this rank computes its own.
+        known_counts: rows by expert of the next call, if they have been read on the host.
     """
 
     exchange: ExpertExchange | None = None
+    known_counts: list[int] | None = None
 
     def __init__(
         self,
@@ -274,6 +235,9 @@ class FrozenExperts(nn.Module):
         Returns:
             ``[n, H]`` in the type of ``hidden_states``.
         """
+        if self.exchange is not None and self.exchange.joins_rows(top_k_index.shape[1]):
+            choices = (top_k_index, top_k_weights)
+            return self.exchange.compute_joined(hidden_states, *choices, self._multiply)
         chosen = top_k_index.flatten()
         by_expert, order = chosen.sort(stable=True)
         tokens = order // top_k_index.shape[1]
@@ -287,11 +251,9 @@ class FrozenExperts(nn.Module):
         y = y * top_k_weights.unsqueeze(-1)
         return y.sum(1).to(hidden_states.dtype)
 
-    def mark_routed_experts(self, *inputs: Tensor) -> Tensor:
-        """Return uint8 ``[E]``, 1 where ``inputs`` of a forward give an expert a token."""
-        chosen = inputs[1].flatten()
-        routed = torch.zeros(self.num_experts, dtype=torch.uint8, device=chosen.device)
-        return routed.index_fill(0, chosen, 1)
+    def count_rows(self, *inputs: Tensor) -> Tensor:
+        """Return long ``[E]``, the rows that ``inputs`` of a forward give each expert."""
+        return count_sorted(inputs[1].flatten().sort().values, self.num_experts)
 
     def count_choices(self, *inputs: Tensor) -> tuple[int, int]:
         """Return how many tokens ``inputs`` of a forward have, and experts each of them."""
@@ -300,6 +262,9 @@ class FrozenExperts(nn.Module):
 
     def _group_rows(self, counts: Tensor, assumed_rows: int) -> tuple[RowGroups, RowRoutes | None]:
         """Read the ``counts`` [E] of rows, the only copy to the host in a call."""
+        known, self.known_counts = self.known_counts, None
+        if known is not None:
+            return RowGroups.from_counts(known), None
         if self.exchange is None:
             return RowGroups.read_counts(counts, assumed_rows), None
         routes = self.exchange.plan_routes(counts, assumed_rows)
@@ -353,8 +318,8 @@ class ScaledInputExperts(FrozenExperts):
         y = self._multiply_at_owners(hidden_states[kept], groups, routes, chosen)
         return y.new_zeros(hidden_states.shape).index_copy(0, kept, y)
 
-    def mark_routed_experts(self, *inputs: Tensor) -> Tensor:
-        return inputs[0].detach().view(self.num_experts, -1).any(1).to(torch.uint8)
+    def count_rows(self, *inputs: Tensor) -> Tensor:
+        return inputs[0].detach().any(1).view(self.num_experts, -1).sum(1)
 
     def count_choices(self, *inputs: Tensor) -> tuple[int, int]:
         return len(inputs[0]) // self.num_experts, 1

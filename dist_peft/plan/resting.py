@@ -30,6 +30,8 @@ from dist_peft.engine.mesh import count_shards, list_end_modules
 from dist_peft.engine.outer_units import list_outer_units
 from dist_peft.engine.shard_placement import ShardPlacement, choose_shard_placement
 from dist_peft.engine.zero_config import build_deepspeed_config
+from dist_peft.model.expert_exchange import list_expert_factors
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenWeight
 from dist_peft.model.parameter_readers import list_unread_parameters
 
@@ -60,6 +62,8 @@ class RestingBytes:
         frozen_rows: the frozen part of these.
         trainable: values of the trainable parameters, of the whole model.
         late_padding: of ``device``: added by FSDP2 at the first forward.
+        fetched: of ``trainable``: values whose gradients travel back to where the values rest
+            (``engine.expert_factors``), and are not reduced.
     """
 
     device: dict[str, int]
@@ -68,6 +72,7 @@ class RestingBytes:
     frozen_rows: int
     trainable: int
     late_padding: int
+    fetched: int
 
     @property
     def device_total(self) -> int:
@@ -76,14 +81,25 @@ class RestingBytes:
 
 @dataclass(frozen=True)
 class _Part:
-    """A parameter; ``is_outer``: one of ``engine.outer_units``."""
+    """A parameter.
+
+    Attributes:
+        is_outer: one of ``engine.outer_units``.
+        experts: their number, of a stack whose experts stay whole on their ranks.
+        is_fetched: factors of experts, of which a rank gathers those of its own.
+    """
 
     parameter: nn.Parameter
     purpose: str
     is_outer: bool
+    experts: int = 0
+    is_fetched: bool = False
 
     def place_on(self, parts: int, kind: str) -> ShardPlacement:
         """Return how the parameter lies on ``parts`` ranks of an engine of ``kind``."""
+        if self.experts:
+            size = self.parameter.numel() // self.experts
+            return ShardPlacement((self.experts, size), parts, 0)
         if kind == "fsdp2" and parts > 1 and not self.is_outer:
             return choose_shard_placement(self.parameter, parts)
         return ShardPlacement(tuple(self.parameter.shape) or (1,), parts, 0)
@@ -113,8 +129,8 @@ def count_resting_bytes(
     shards = count_shard_ranks(config, world)
     index = world.rank % shards
     device, trained = Counter[str](), list[int]()
-    own = frozen = trainable = late = 0
-    for part in _list_parts(model, blocks):
+    own = frozen = trainable = late = fetched = 0
+    for part in _list_parts(model, blocks, config):
         learns = part.parameter.requires_grad
         parts = _count_parts(part, config, kind, shards)
         placement = part.place_on(parts, kind)
@@ -122,12 +138,13 @@ def count_resting_bytes(
         device[part.purpose] += size
         own += size
         frozen += 0 if learns else size
-        by_rows = kind == "zero" or part.is_outer
+        by_rows = kind == "zero" or part.is_outer or part.experts > 0
         padding = _count_padding(part, placement, size, kind, by_rows)
         device[PADDING] += padding
         late += 0 if by_rows else padding
         if learns:
             trainable += part.parameter.numel()
+            fetched += part.parameter.numel() if part.is_fetched and kind == "fsdp2" else 0
             trained.append(size // 4)
     device[BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
     host = Counter[str]()
@@ -148,6 +165,7 @@ def count_resting_bytes(
         frozen,
         trainable,
         late,
+        fetched,
     )
 
 
@@ -157,7 +175,7 @@ def count_own_rows(
     """Return the bytes of each rank's rows of all parameters, for the ranks of one shard group."""
     kind, shards = resolve_engine_kind(config.engine, world), count_shard_ranks(config, world)
     alike = Counter[tuple[ShardPlacement, int]]()  # and bytes of an element
-    for part in _list_parts(model, blocks):
+    for part in _list_parts(model, blocks, config):
         placement = part.place_on(_count_parts(part, config, kind, shards), kind)
         alike[placement, part.element_size] += 1
     return tuple(
@@ -176,7 +194,9 @@ def _count_parts(part: _Part, config: RunConfig, kind: str, shards: int) -> int:
     return shards if config.engine.shard_base else 1
 
 
-def _list_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[_Part]:
+def _list_parts(
+    model: nn.Module, blocks: Sequence[nn.Module], config: RunConfig
+) -> Iterator[_Part]:
     """Yield each parameter once with its purpose; of blocks only those in ``blocks``."""
     ends = {id(p) for m in list_end_modules(model) for p in m.parameters()}
     packed = {id(m.packed) for m in model.modules() if isinstance(m, FrozenWeight)}
@@ -184,6 +204,10 @@ def _list_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[_Part
     skipped = {id(p) for p in _list_block_parameters(model, blocks)} - counted
     skipped |= list_unread_parameters(model).keys()
     outer = {id(p) for unit in list_outer_units(model) for p in unit.parameters}
+    stays = config.engine.gather_experts == "tokens" and config.engine.shard_base
+    modules = list(model.modules()) if stays else []
+    stacks = {id(m.packed): m.experts for m in modules if isinstance(m, ExpertStack)}
+    factors = {id(p) for p in list_expert_factors(modules)}
     for parameter in model.parameters():
         key = id(parameter)
         if key in skipped:
@@ -195,7 +219,7 @@ def _list_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[_Part
             purpose = ENDS
         elif key in packed:
             purpose = PACKED
-        yield _Part(parameter, purpose, key in outer)
+        yield _Part(parameter, purpose, key in outer, stacks.get(key, 0), key in factors)
 
 
 def _list_block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
@@ -216,7 +240,11 @@ def _count_padding(
     """
     if (placement.shards == 1 and kind != "zero") or (by_rows and part.parameter.requires_grad):
         return 0
+    if part.is_fetched and kind == "fsdp2":
+        return 0
     whole = placement.count_padded_elements() * part.element_size
+    if part.experts:
+        return whole - own
     return (-(-whole // ALIGN_BYTES) * ALIGN_BYTES if by_rows else whole) - own
 
 

@@ -144,7 +144,7 @@ def plan_run(
     )
     memory = build_memory_plan(resting, phases, cluster, shares or FixedShares())
     shards = count_shard_ranks(config, world)
-    traffic = plan_traffic(trace, len(blocks), resting.trainable, config, cluster)
+    traffic = plan_traffic(trace, len(blocks), resting.trainable, config, cluster, resting.fetched)
     tokens = config.train.micro_batch * config.data.seq_len * count_joined(config)
     weights = _count_packed_weights(blocks)
     offloaded = trace.host_bytes * len(blocks)

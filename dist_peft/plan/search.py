@@ -1,5 +1,6 @@
 """Plans of changed runs: larger micro-batches, other shard groups, blocks kept gathered, gathers of
-routed experts, fewer cards, bits, offload, results kept from recomputation, shared decodes.
+routed experts or of none, fewer cards, bits, offload, results kept from recomputation, shared
+decodes.
 
 Every proposal is planned in full (a few seconds each); only options that exist are tried, one at a
 time, micro-batches in steps of two as long as they fit.
@@ -23,7 +24,8 @@ _SPARE = 2 * 2**30
 """Bytes that stay free of a card whose memory is given to kept blocks."""
 
 _WORTHWHILE = 0.9
-"""Share of the bytes gathered with all experts, from which on routed ones are proposed."""
+"""Share of the bytes gathered with all experts, or of a card's memory, up to which another way of
+the experts is proposed."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def search_plans(
             yield from _propose_engine(planned, cluster, "shard_group", group)
     if cluster.ranks > 1:
         yield from _propose_kept_blocks(planned, cluster)
-        yield from _propose_routed_experts(planned, cluster)
+        yield from _propose_ways_of_experts(planned, cluster)
     offloads = config.engine.cpu_offload == "none" and config.engine.gather_experts != "tokens"
     if cluster.ranks > 1 and config.engine.kind != "zero" and offloads:
         yield from _propose_engine(planned, cluster, "cpu_offload", "params")
@@ -134,21 +136,29 @@ def _propose_kept_blocks(planned: PlannedModel, cluster: Cluster) -> list[Propos
     return [] if count <= kept else _propose_engine(planned, cluster, "keep_gathered", count)
 
 
-def _propose_routed_experts(planned: PlannedModel, cluster: Cluster) -> list[Proposal]:
-    """Propose to gather the experts that tokens are routed to, where that saves a tenth or more."""
+def _propose_ways_of_experts(planned: PlannedModel, cluster: Cluster) -> list[Proposal]:
+    """Propose to gather the experts that tokens are routed to where that saves a tenth or more of
+    the bytes, and to send tokens to their experts where that saves as much, or memory."""
     engine = planned.config.engine
     is_mixture = any(isinstance(m, FrozenExperts) for m in planned.skeleton.model.modules())
     if not is_mixture or engine.gather_experts != "all" or engine.keep_gathered:
         return []
-    update = {"engine": engine.model_copy(update={"gather_experts": "routed"})}
-    changed = replace(planned, config=planned.config.model_copy(update=update))
     try:
-        before, after = plan_run(planned, cluster), plan_run(changed, cluster)
+        before = plan_run(planned, cluster)
     except UserError:
         return []
-    if after.traffic.gathered > _WORTHWHILE * before.traffic.gathered:
-        return []
-    return [_to_proposal(after, "engine.gather_experts=routed", cluster)]
+    found = []
+    for choice in ("routed", "tokens"):
+        if choice == "tokens" and (engine.cpu_offload == "params" or planned.config.train.exact):
+            continue  # which it excludes
+        update = {"engine": engine.model_copy(update={"gather_experts": choice})}
+        changed = replace(planned, config=planned.config.model_copy(update=update))
+        after = plan_run(changed, cluster)
+        saves = after.traffic.gathered <= _WORTHWHILE * before.traffic.gathered
+        saves |= choice == "tokens" and after.memory.total <= _WORTHWHILE * before.memory.total
+        if saves:
+            found.append(_to_proposal(after, f"engine.gather_experts={choice}", cluster))
+    return found
 
 
 def _propose_bits(

@@ -41,12 +41,18 @@ class Traffic:
 
 
 def plan_traffic(
-    trace: StepTrace, blocks: int, trainable: int, config: RunConfig, cluster: Cluster
+    trace: StepTrace,
+    blocks: int,
+    trainable: int,
+    config: RunConfig,
+    cluster: Cluster,
+    fetched: int = 0,
 ) -> Traffic:
     """Return the traffic of a model of ``blocks`` blocks.
 
     Args:
         trainable: values of the trainable parameters of the whole model.
+        fetched: of these, whose gradients travel with the rows (``RestingBytes``).
     """
     micro_batches = count_rank_micro_batches(config, cluster)
     if cluster.ranks == 1:
@@ -67,7 +73,7 @@ def plan_traffic(
         per_step += adapters * (micro_batches * uses if config.engine.stage == 3 else 0)
     nodes = max(1, shards // cluster.gpus_per_node)
     replicas = cluster.ranks // shards
-    reduced = 4 * trainable * (micro_batches if reduces_often else 1)
+    reduced = 4 * (trainable - fetched) * (micro_batches if reduces_often else 1)
     gathered = per_step // micro_batches
     per_step += adapters if config.engine.stage < 3 else 0
     across = per_step * (nodes - 1) // nodes + reduced * (nodes - 1) // nodes

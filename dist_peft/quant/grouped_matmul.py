@@ -103,8 +103,8 @@ class RowGroups:
         return cls.from_counts([0] * own.start + shares + [0] * (experts - own.start - used))
 
     def select(self, experts: Span) -> "RowGroups":
-        """Return the groups of ``experts`` alone, which have all rows."""
-        return RowGroups.from_counts(self.counts[experts.slice])
+        """Return the groups of ``experts`` alone, which have all rows; of none: one without."""
+        return RowGroups.from_counts(self.counts[experts.slice] or (0,))
 
     def with_tokens(self, tokens: Tensor, count: int) -> "RowGroups":
         """Return the same groups with the token of each row, of ``count`` in all."""

@@ -11,6 +11,8 @@ from dist_peft.core.span import Span, row_span
 from dist_peft.engine import routed_gather
 from dist_peft.engine.gather_unit import ShardedParameter
 from dist_peft.engine.routed_gather import RoutedUnit, expect_routed
+from dist_peft.model.experts import ExpertStack, FrozenExperts
+from dist_peft.quant.codec import RawCodec
 
 EXPERTS, CPU = 5, torch.device("cpu")
 SHAPES = ((EXPERTS * 6, 12), (EXPERTS * 4, 8))
@@ -110,3 +112,35 @@ def test_experts_of_an_even_router() -> None:
         assert abs(found - 0.5 - sum(used) / len(used)) < 1.0
     assert expect_routed(8, 2, 0) == 0 and expect_routed(8, 2, 1) == 2
     assert expect_routed(8, 8, 1) == 8 and expect_routed(256, 8, 10**6) == 256
+
+
+def test_a_first_pass_reads_one_list_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which experts are gathered and the counts of their rows; backward reads nothing."""
+    torch.manual_seed(0)
+    codec, hidden, inner = RawCodec(torch.float32), 8, 6
+    stacks = {
+        "gate_up_proj": ExpertStack(EXPERTS, hidden, 2 * inner, codec, "gate_up", "meta"),
+        "down_proj": ExpertStack(EXPERTS, inner, hidden, codec, "down", "meta"),
+    }
+    values = [
+        codec.quantize_to_packed(torch.randn(stack.packed.shape[0], stack.in_features))
+        for stack in stacks.values()
+    ]
+    unit, whole = make_unit(Rank(0, parts=1), values)
+    for stack, packed in zip(stacks.values(), whole, strict=True):
+        stack.packed = packed
+    experts = FrozenExperts(stacks, act_fn=nn.SiLU())
+    block = nn.Sequential(experts)
+    hooks = routed_gather._RoutedHooks(experts, unit, None)
+    experts.register_forward_pre_hook(hooks.before_forward)
+    experts.register_forward_hook(hooks.after_forward)
+    lists: list[Any] = []
+    own = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: lists.append(own(self)) or lists[-1])
+    inputs = (torch.randn(6, hidden, requires_grad=True), torch.randint(3, (6, 2)))
+    hooks.begin_block(block, ())
+    y = experts(*inputs, torch.ones(6, 2))
+    y.sum().backward()
+    ((chosen, counts),) = lists
+    assert sum(counts) == 12 and [count > 0 for count in counts] == [m > 0 for m in chosen]
+    assert unit.gathered is None and y.any() and inputs[0].grad is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.low_rank.module import LowRankSpec
@@ -178,7 +179,8 @@ def test_equals_experts_on_one_rank(
         assert all(torch.equal(found[name], again[number][1][name]) for name in found)
         keys = ["exchange"] if dropout else []
         moves = ["exchange"] * 2
-        assert rank.collectives == ["gather", *keys, *moves, *moves]
+        pairs = ["exchange"] if kind is FrozenExperts else []  # with the router's weights
+        assert rank.collectives == ["gather", *pairs, *keys, *moves, *moves, *pairs]
     alone.zero_grad()
     for number in range(3):
         alone_grads = compute(alone, make_inputs(kind, number), number)
@@ -188,14 +190,21 @@ def test_equals_experts_on_one_rank(
 
 
 def test_what_travels_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that a rank receives: to its experts and back, in forward and in backward."""
+    """Rows that a rank receives: to its experts and back, in forward and in backward. A token is
+    sent once to a rank that has both of its experts, with 8 bytes for each expert, and 4 back."""
+    for kind in (FrozenExperts, ScaledInputExperts):
 
-    def work(rank: Rank) -> None:
-        inputs = make_inputs(FrozenExperts, rank.index)
-        compute(make_experts(FrozenExperts, rank, 0.0), inputs, rank.index)
+        def work(rank: Rank, kind: type[FrozenExperts] = kind) -> None:
+            compute(make_experts(kind, rank, 0.0), make_inputs(kind, rank.index), rank.index)
 
-    total = sum(rank.bytes_gathered for rank, _ in on_ranks(3, monkeypatch, work))
-    assert total == 4 * sum(TOKENS) * K * HIDDEN * 4
+        total = sum(rank.bytes_gathered for rank, _ in on_ranks(3, monkeypatch, work))
+        rows, pairs = sum(TOKENS), 0
+        if kind is FrozenExperts:
+            index = [make_inputs(kind, rank)[1] // 2 for rank in range(3)]
+            rows = sum(len(set(ranks)) for chosen in index for ranks in chosen.tolist())
+            pairs = sum(TOKENS) * K
+            assert rows < pairs
+        assert total == 4 * rows * HIDDEN * 4 + 12 * pairs
 
 
 @pytest.mark.parametrize("parts", [1, 3, 7])
@@ -235,3 +244,9 @@ def test_a_trace_has_even_shares() -> None:
         routes: Any = experts.exchange.plan_routes(torch.zeros(E, dtype=torch.long), 10)
     assert routes.groups.num_rows == 10 and routes.wire.receive == [12]
     assert routes.received.counts == (0, 0, 6, 6, 0) and len(routes.order) == 12
+    with assume_device(CPU), FakeTensorMode():
+        x, chosen = torch.empty(5, HIDDEN), torch.empty(5, K, dtype=torch.long)
+        sums = experts.exchange.compute_joined(x, chosen, torch.rand(5, K), lambda x, *_: 2 * x)
+    # 0.7 of the tokens choose one of two experts, 0.4 the last one; one rank of three gets a third
+    assert sums.shape == x.shape
+    assert rank.bytes_gathered == 8 * 12 + (3 * 4 + 4 + 4 + 2) * HIDDEN * 4

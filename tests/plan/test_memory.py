@@ -6,7 +6,7 @@ from dist_peft.plan.resting import RestingBytes
 from dist_peft.plan.step_trace import StepTrace
 from dist_peft.plan.storage_tracker import Peak
 
-RESTING = RestingBytes({"packed base": 600, "padding of shards": 7}, {}, 600, 500, 25, 0)
+RESTING = RestingBytes({"packed base": 600, "padding of shards": 7}, {}, 600, 500, 25, 0, 0)
 
 
 def make_trace() -> StepTrace:

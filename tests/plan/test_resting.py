@@ -11,6 +11,7 @@ from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.planned_model import PlannedModel, build_planned_model
 from dist_peft.plan.resting import BUCKET, RestingBytes, count_resting_bytes, optimizer_state_bytes
 from tests.support.live_storage import odd_tree, save_odd_base
+from tests.support.tiny_models import MIXTURES, save_model
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,22 @@ def test_rows_of_all_ranks_are_the_whole_model(planned: PlannedModel, ranks: int
     found = [count(planned, ranks, rank) for rank in range(ranks)]
     assert sum(rank.own_rows for rank in found) == whole
     assert len({rank.device_total - rank.device["optimizer state"] for rank in found}) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_whole_experts_of_all_ranks_are_the_whole_model(tmp_path: Path, ranks: int) -> None:
+    """Where experts stay on their ranks; their factors are cut as ever, without padding."""
+    save_model(MIXTURES["qwen3_moe"], tmp_path / "base")
+    mixture = build_planned_model(
+        parse_config(odd_tree(tmp_path / "base", adapter={"target_modules": "all-linear"}))
+    )
+    parameters = dict(mixture.skeleton.model.named_parameters())
+    whole = sum(p.numel() * p.element_size() for p in parameters.values())
+    found = [count(mixture, ranks, rank, gather_experts="tokens") for rank in range(ranks)]
+    assert sum(rank.own_rows for rank in found) == whole
+    factors = sum(p.numel() for n, p in parameters.items() if "experts" in n and p.requires_grad)
+    assert {rank.fetched for rank in found} == {factors}
+    assert not {count(mixture, ranks, rank).fetched for rank in range(ranks)} - {0}
 
 
 def test_a_whole_base_on_each_rank_and_offloaded_shards(planned: PlannedModel) -> None:

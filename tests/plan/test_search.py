@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,16 +79,18 @@ def test_table() -> None:
     assert "1,234 tokens/s" in lines[0] and "does not fit" in lines[2]
 
 
-def test_routed_experts_are_proposed_where_they_save(
+@pytest.mark.e2e
+def test_ways_of_experts_are_proposed_where_they_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 experts and 16 tokens of two ranks, two each: 40 % of them; with 512 tokens, all."""
+    """64 experts and 16 tokens of two ranks, two each: 40 % of them are gathered; with 4096 tokens,
+    all, and rows that travel weigh as much as the experts."""
     config = MIXTURES["qwen3_moe"]
     config.num_experts, config.moe_intermediate_size = 64, 64
     save_model(config, tmp_path / "base")
     monkeypatch.setattr(search, "_propose_bits", lambda *args: [])
     found = {}
-    for tokens in (8, 256):
+    for tokens in (8, 2048):
         tree = odd_tree(
             tmp_path / "base",
             data={"seq_len": tokens},
@@ -94,6 +98,21 @@ def test_routed_experts_are_proposed_where_they_save(
             adapter={"target_modules": ["q_proj"]},
         )
         planned = build_planned_model(parse_config(tree))
-        found[tokens] = search._propose_routed_experts(planned, Cluster(1, 2, 2**40))
-    assert [p.change for p in found[8]] == ["engine.gather_experts=routed"]
-    assert found[256] == []
+        found[tokens] = search._propose_ways_of_experts(planned, Cluster(1, 2, 2**40))
+    changes = {n: [p.change.rpartition("=")[2] for p in found[n]] for n in found}
+    assert changes == {8: ["routed", "tokens"], 2048: []}
+    tried: list[str] = []
+    monkeypatch.setattr(search, "plan_run", lambda changed, _: plan_ways(changed, tried))
+    for engine, wanted in (("none", ["all", "routed", "tokens"]), ("params", ["all", "routed"])):
+        update = {"engine": planned.config.engine.model_copy(update={"cpu_offload": engine})}
+        changed = replace(planned, config=planned.config.model_copy(update=update))
+        proposed = search._propose_ways_of_experts(changed, Cluster(1, 2, 2**40))
+        assert tried == wanted and len(proposed) == len(wanted) - 2
+        tried.clear()
+
+
+def plan_ways(planned: PlannedModel, tried: list[str]) -> Any:
+    """Tokens save a tenth of a card's memory and nothing of the bytes; routed experts neither."""
+    tried.append(planned.config.engine.gather_experts)
+    memory = SimpleNamespace(total=90 if tried[-1] == "tokens" else 100, spare=1)
+    return SimpleNamespace(memory=memory, traffic=SimpleNamespace(gathered=100), duration=None)

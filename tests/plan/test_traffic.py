@@ -55,6 +55,8 @@ def test_rows_that_travel_to_experts() -> None:
     config = make_config(gather_experts="tokens")
     found = plan_traffic(trace, 10, 1000, config, Cluster(2, 4, 1))
     assert found.gathered == 400 + 8 * (2 * 40 + 20)
+    own = plan_traffic(trace, 10, 1000, config, Cluster(2, 4, 1), fetched=600)
+    assert (found.reduced, own.reduced) == (4 * 4000, 4 * 1600)  # in each micro-batch
     whole = 4 * found.gathered
     assert found.node_bytes == (whole + 3 * 4 * 600) // 2 + 4 * 2000
     plain = make_config(gather_experts="tokens", activation_checkpointing=False)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
+from dist_peft.model.expert_exchange import FactorFetch
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.sample_dropout import SampleDropout
 from dist_peft.quant.grouped_low_rank import apply_grouped_low_rank
@@ -44,6 +45,7 @@ class LoraExperts(LowRankModule):
     starts_at_zero = "lora_B"
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    factor_exchange: FactorFetch | None = None
 
     def __init__(
         self,
@@ -70,9 +72,19 @@ class LoraExperts(LowRankModule):
             else:
                 assert groups.tokens is not None, f"{self.path}: which tokens are dropped in?"
                 x = self.dropout.drop_rows(x, groups.tokens, groups.num_tokens)
+        A, B = self.lora_A, self.lora_B
+        if self.factor_exchange is not None:
+            A, B = self.factor_exchange.fetch_own(A, B)  # type: ignore[assignment]
+            groups = groups.select(self.base.own_experts)
         settings = (groups, self.spec.scaling, self.spec.arithmetic)
-        change = apply_grouped_low_rank(x, self.lora_A, self.lora_B, *settings)
+        change = apply_grouped_low_rank(x, A, B, *settings)
         return (y + change).to(y.dtype)
+
+    def locate_experts(self) -> dict[str, tuple[int, Tensor]]:
+        """Map the factors to the dimension and positions of each expert's part, ``[E, r]``."""
+        experts, r = self.base.experts, self.spec.r
+        places = torch.arange(experts * r)
+        return {"lora_A": (0, places.view(experts, r)), "lora_B": (1, places.view(r, experts).T)}
 
     def _draw_initial_values(self, name: str) -> Tensor:
         """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""
