@@ -96,6 +96,7 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
     "opt": {"dropout": 0.0},
+    "longcat_flash": {"zero_expert_num": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,

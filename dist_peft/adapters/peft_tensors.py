@@ -7,15 +7,17 @@
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.targets import resolve_pattern_value
 from dist_peft.core.config.run import LowRankConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.frozen_linear import FrozenLinear
 
 __all__ = [
     "MODULE_PREFIX",
@@ -25,6 +27,7 @@ __all__ = [
     "describe_rank_config",
     "group_peft_tensors",
     "iterate_ranked_modules",
+    "mark_transposed",
     "name_module_tensors",
     "read_rank_and_alpha",
     "to_json_number",
@@ -77,7 +80,6 @@ def group_peft_tensors(
     names: Collection[str],
     method_name: str,
     *,
-    unsupported: Collection[str] = (),
     whole_adapter: Collection[str] = (),
     may_be_empty: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
@@ -86,19 +88,17 @@ def group_peft_tensors(
     Args:
         names: of the tensors that a module may have, such as ``hada_w1_a``.
         method_name: its name, for messages.
-        unsupported: keys of the configuration that must not be set.
         whole_adapter: names of tensors of the whole adapter, which are left out.
         may_be_empty: whether tensors without elements are allowed.
 
     Raises:
-        UserError: a tensor is empty or none of the method's, there is none, or a key is set.
+        UserError: a tensor is empty or none of the method's, or there is none.
     """
-    for key in ("modules_to_save", *unsupported):
-        if public.config.get(key):
-            raise UserError(
-                f"the {method_name} adapter was trained with {key}, which is not read here and "
-                "would be lost; merge it with PEFT itself"
-            )
+    if public.config.get("modules_to_save"):
+        raise UserError(
+            f"the {method_name} adapter was trained with modules_to_save, which is not read here "
+            "and would be lost; merge it with PEFT itself"
+        )
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in public.tensors.items():
         if key.removeprefix("base_model.") in whole_adapter:
@@ -185,3 +185,12 @@ def iterate_ranked_modules(
 def to_json_number(value: float) -> float:
     """Return whole numbers as ``int``: some readers of ``alpha`` take nothing else."""
     return int(value) if float(value).is_integer() else value
+
+
+def mark_transposed(public: PublicAdapter, layers: Iterable[nn.Module]) -> PublicAdapter:
+    """Return ``public`` with PEFT's ``fan_in_fan_out`` set where a linear below ``layers`` is
+    stored transposed (``Conv1D``)."""
+    bases = [getattr(layer, "base", None) for layer in layers]
+    if not any(isinstance(base, FrozenLinear) and base.is_transposed for base in bases):
+        return public
+    return replace(public, config={**public.config, "fan_in_fan_out": True})

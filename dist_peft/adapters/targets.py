@@ -49,6 +49,11 @@ def list_adapter_targets(
     if targets == "all-linear":
         inside = [name for name, module in linears.items() if not module.is_head]
         chosen = [name for name in inside if not linears[name].without_gradient]
+        if limits := {m.limit for m in map(linears.get, chosen) if isinstance(m, ExpertStack)} - {
+            ""
+        }:
+            chosen = [n for n in chosen if not getattr(linears[n], "limit", "")]
+            log.info("adapter.target_modules all-linear leaves out experts: %s", *limits)
         if left := sorted({re.sub(r"\d+", "*", name) for name in set(inside) - set(chosen)}):
             log.info(
                 "adapter.target_modules all-linear leaves out %s: no gradient reaches them",
@@ -66,6 +71,12 @@ def list_adapter_targets(
         if not found:
             others = (n for n, m in model.named_modules() if _matches_module_name(entry, n))
             raise _build_no_match_error(entry, linears, next(others, None))
+        for name in found:
+            if limit := getattr(linears[name], "limit", ""):
+                raise UserError(
+                    f"adapter.target_modules entry {entry!r} is {name}, experts of a mixture that "
+                    f"are not adapted: {limit}; name other modules, or all-linear"
+                )
         wanted.update(found)
     return [name for name in linears if name in wanted]
 

@@ -28,7 +28,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.engine import Engine
-from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenWeight
 from dist_peft.model.parameter_readers import is_never_read
 from dist_peft.model.quantization_origin import read_quantization_origin
 from dist_peft.model.skeleton import Skeleton
@@ -155,7 +155,7 @@ def _list_used_tensors(skeleton: Skeleton) -> set[str]:
             for name, source in stored
             if name in module._buffers or not is_never_read(module, name)
         }
-        if isinstance(module, ExpertStack):
+        if isinstance(module, FrozenWeight):
             names |= {piece.name for piece in module.pieces}
     return {name for name in names if skeleton.tensors[name].num_bytes}
 

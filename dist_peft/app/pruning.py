@@ -43,6 +43,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.engine import Engine
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import describe_stored_otherwise
 from dist_peft.model.hub import public_base_name
 from dist_peft.model.model_files import list_model_files
 from dist_peft.quant.sparsity import Sparsity
@@ -119,6 +120,8 @@ def _build_dense_model(config: RunConfig, options: PruningOptions) -> ModelSetup
     resolved = resolve_pruning(config)
     list_model_files(resolved.directory, code=config.base.trust_remote_code)
     setup = build_model(resolved)
+    if reason := describe_stored_otherwise(setup.model):
+        raise UserError(f"base.path {config.base.path} is not pruned: {reason}")
     if any(isinstance(module, ExpertStack) for module in setup.model.modules()):
         raise UserError(
             f"base.path {config.base.path} is a mixture of experts, which is not pruned: each "

@@ -41,6 +41,7 @@ from dist_peft.core.config.run import LoraConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import describe_stored_otherwise
 from dist_peft.model.gptq_factors import has_gptq_factors
 from dist_peft.model.hub import read_json_object, resolve_base_directory
 from dist_peft.model.model_files import list_model_files
@@ -180,6 +181,12 @@ def _build_unquantized_model(config: RunConfig) -> ModelSetup:
         raise UserError(
             f"base.path {config.base.path} is quantized already ({found.format_label}); give the "
             "unquantized base"
+        )
+    if reason := describe_stored_otherwise(setup.model):
+        raise UserError(
+            f"base.path {config.base.path} is not quantized in advance: {reason}; train on it with "
+            "base.quant.kind nf4, or kind int with solver rtn or hqq, which quantize while it is "
+            "loaded"
         )
     if any(isinstance(module, ExpertStack) for module in setup.model.modules()):
         raise UserError(

@@ -164,7 +164,9 @@ class RowShardedParameters:
         """
         found: list[nn.Parameter] = []
         for block in blocks:
-            for module in (m for m in block.modules() if isinstance(m, FrozenExperts)):
+            for module in block.modules():
+                if not isinstance(module, FrozenExperts) or not module.is_routed:
+                    continue
                 stacks = [m for m in module.modules() if isinstance(m, ExpertStack)]
                 if self.experts == "tokens":
                     slots = self._own_experts(module, stacks)

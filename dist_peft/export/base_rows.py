@@ -22,7 +22,7 @@ def iterate_base_rows(
     base: BaseConfig, directory: Path, labels: Sequence[str], chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[str, Tensor, Span]]:
     """Yield path, rows and row span of every tensor of the base as training saw it, without any
-    adapter. Rows of experts that are stored together are matrices."""
+    adapter. Rows of experts that are stored together are matrices, as they are stored."""
     skeleton = build_skeleton(base, directory, labels)
     with RowReader(skeleton.index) as reader:
         for weight in list_base_weights(skeleton):
@@ -41,8 +41,8 @@ def iterate_base_rows(
                     lambda rows: rows
                 )
                 columns = weight.linear.in_features
-                yield (
-                    weight.path,
-                    weight.linear.codec.dequantize_rows(packed, columns, torch.float32),
-                    own,
-                )
+                rows = weight.linear.codec.dequantize_rows(packed, columns, torch.float32)
+                if weight.is_transposed:
+                    rows = weight.to_stored_shape(rows).flatten(0, 1)
+                    own = Span(span.start * columns, span.stop * columns)
+                yield weight.path, rows, own

@@ -1,6 +1,6 @@
 """The tensors of a base as an export sees them: names, shapes, and the linear they belong to."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,8 @@ class BaseWeight:
 
     Attributes:
         info: name, type and shape in the files, or those of its substitute (``Skeleton.tensors``).
+            Of a transposed weight in a matrix of the files: ``[E, in, out]``, one row an expert or
+            linear.
         path: its name in the model, such as ``model.layers.0.self_attn.q_proj.weight``.
         linear: the linear that owns it as its weight, the head included, a packed embedding, or the
             stack of experts that contains its rows; None for every other tensor.
@@ -33,6 +35,7 @@ class BaseWeight:
         first: row of ``linear`` that corresponds to row 0 of the tensor.
         wide: output type of a tensor that must not be rounded to 16 bits; None: the format's type.
         is_part: it is one expert's part of a tensor that has all of them (``split_stacks``).
+        is_flat: it is a matrix in the files, one more row of which is in ``info``.
     """
 
     info: TensorSpec
@@ -42,6 +45,7 @@ class BaseWeight:
     first: int = 0
     wide: torch.dtype | None = None
     is_part: bool = False
+    is_flat: bool = False
 
     @property
     def name(self) -> str:
@@ -102,8 +106,17 @@ class BaseWeight:
     @property
     def is_transposed(self) -> bool:
         """Whether rows of ``linear`` are columns of the tensor."""
-        stack = self.linear
-        return isinstance(stack, ExpertStack) and stack.is_transposed and not self.is_part
+        return self.linear is not None and self.linear.is_transposed and not self.is_part
+
+    @property
+    def written_shape(self) -> tuple[int, ...]:
+        """Of the tensor in the output."""
+        shape = self.info.shape
+        return (shape[0] * shape[1], *shape[2:]) if self.is_flat else shape
+
+    def to_written_rows(self, rows: Tensor, start: int) -> tuple[Tensor, int]:
+        """Rows from ``start`` on in the shape of ``info`` -> those of the tensor in the output."""
+        return (rows.flatten(0, 1), start * self.info.shape[1]) if self.is_flat else (rows, start)
 
     def to_stored_shape(self, rows: Tensor) -> Tensor:
         """Rows of ``linear`` ``[n, in]`` -> rows of the tensor as it is written."""
@@ -112,7 +125,13 @@ class BaseWeight:
         return rows.view(-1, self.info.shape[2], self.info.shape[1]).transpose(1, 2).contiguous()
 
 
-def list_base_weights(skeleton: Skeleton) -> list[BaseWeight]:
+def list_base_weights(skeleton: Skeleton, trained_names: Collection[str] = ()) -> list[BaseWeight]:
+    """Return the base's tensors in the order of the files.
+
+    Args:
+        trained_names: tensors that were trained themselves: of a linear that is stored transposed,
+            a tensor like any other.
+    """
     paths: dict[str, tuple[str, FrozenWeight | None]] = {}
     first: dict[str, int] = {}
     for path, module in skeleton.model.named_modules():
@@ -120,7 +139,7 @@ def list_base_weights(skeleton: Skeleton) -> list[BaseWeight]:
             is_linear = isinstance(module, FrozenLinear | FrozenEmbedding) and own == "packed"
             linear = module if is_linear else None
             paths[name] = (f"{path}.{'weight' if is_linear else own}", linear)
-        if isinstance(module, ExpertStack):
+        if isinstance(module, FrozenWeight) and module.pieces:
             for piece in module.pieces:
                 paths[piece.name] = (f"{path}.weight", module)
                 first[piece.name] = piece.span.start
@@ -130,10 +149,17 @@ def list_base_weights(skeleton: Skeleton) -> list[BaseWeight]:
     found = []
     for name, info in skeleton.tensors.items():
         path, linear = paths.get(name, (name, None))
+        if name in trained_names and isinstance(linear, FrozenLinear) and linear.is_transposed:
+            linear = None
         headless = path.startswith(trunk) and not name.startswith(trunk)
         written = skeleton.renamed.get(name, f"{trunk}{name}" if headless else name)
         wide = skeleton.wide.get(name)
-        found.append(BaseWeight(info, path, linear, written, first.get(name, 0), wide))
+        is_flat = linear is not None and linear.is_transposed and len(info.shape) == 2
+        if is_flat and linear is not None:
+            matrix = (linear.in_features, info.shape[1])
+            info = TensorSpec(name, info.dtype, (info.shape[0] // matrix[0], *matrix))
+        weight = BaseWeight(info, path, linear, written, first.get(name, 0), wide, is_flat=is_flat)
+        found.append(weight)
     return found
 
 

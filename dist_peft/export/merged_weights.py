@@ -23,7 +23,7 @@ absent from the files: the adapter stores them in full.
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.directory import keeps_zeros_of_base, open_merger
+from dist_peft.adapters.full.format import contains_trained_weights
 from dist_peft.adapters.low_rank.blocked_product import BLOCK_ROWS
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.adapters.protocol import WeightMerger
@@ -42,7 +43,6 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight, list_base_weights
 from dist_peft.model.base_hashes import build_row_hashes
-from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.affine import AffineParts, dequantize_affine_parts
@@ -85,6 +85,7 @@ class MergedWeights:
         record: content of the base that the adapter was trained on; None if unknown.
         zeros: weights that the adapter does not change (pruned bases). files: those of the blocks
             that are exactly 0 in the base's files. trained: those that are 0 as training saw them.
+        trained_names: tensors of the base that were trained themselves, without an adapter.
 
     Attributes:
         chunk_bytes: most bytes of a chunk of rows in float32.
@@ -107,13 +108,14 @@ class MergedWeights:
         chunk_bytes: int = CHUNK_BYTES,
         record: BaseRecord | None = None,
         zeros: KeptZeros = "none",
+        trained_names: Collection[str] = (),
     ) -> None:
         self._zeros = zeros
         self.skeleton, self.adapter_dir, self.state = skeleton, adapter_dir, state
         self._record = record
         self._merger, self._reader, self.chunk_bytes = merger, reader, chunk_bytes
         self._holding = threading.local()
-        self.weights = list_base_weights(skeleton)
+        self.weights = list_base_weights(skeleton, trained_names)
         self._new = frozenset(skeleton.head.new if skeleton.head else ())
         if absent := sorted(name for name in self._new if not merger.changes_weight(name)):
             raise UserError(
@@ -269,7 +271,7 @@ class MergedWeights:
         transposed, a reader that keeps it until this thread comes to the next."""
         linear = weight.linear
         packed = linear is not None and linear.stored is not None
-        turned = isinstance(linear, ExpertStack) and linear.is_transposed
+        turned = linear is not None and linear.is_transposed
         if not (packed or turned):
             return self._reader
         if getattr(self._holding, "name", None) != weight.name:
@@ -362,13 +364,14 @@ def open_merged_weights(
         # kept apart, an adapter of a tied embedding leaves the head as it was, as in training
         tied = skeleton.tied and state != "base"
         merger = open_merger(adapter_dir, _base_names(skeleton), stack, tied=tied)
-        hashes = build_row_hashes(skeleton) if record.is_complete else None
+        trained = about["tensors"] if contains_trained_weights(adapter_dir) else ()
+        hashes = build_row_hashes(skeleton, trained) if record.is_complete else None
         reader = stack.enter_context(RowReader(skeleton.index, hashes))
         zeros: KeptZeros = "files" if keep_zeros else "none"
         if keeps_zeros_of_base(adapter_dir):
             zeros = "trained"
         yield MergedWeights(
-            skeleton, merger, reader, adapter_dir, state, chunk_bytes, record, zeros
+            skeleton, merger, reader, adapter_dir, state, chunk_bytes, record, zeros, trained
         )
 
 

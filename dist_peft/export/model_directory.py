@@ -119,7 +119,7 @@ def write_model_directory(
             plans[weight.name] = packer.plan_tensors(weight)
         else:
             kind = (weight.wide or dtype) if info.dtype.is_floating_point else info.dtype
-            plans[weight.name] = [TensorSpec(weight.written, kind, info.shape)]
+            plans[weight.name] = [TensorSpec(weight.written, kind, weight.written_shape)]
     specs = [spec for plan in plans.values() for spec in plan]
     with StreamWriter(out, specs, max_file_bytes) as writer, keep_freed_memory():
 
@@ -136,7 +136,8 @@ def write_model_directory(
                 rows = walk.read_merged_rows(weight, span)
                 if compute is not None and rows.is_floating_point() and not weight.wide:
                     rows = rows.to(compute)
-                writer.write_rows(weight.written, rows.to(kind), span.start)
+                rows, start = weight.to_written_rows(rows.to(kind), span.start)
+                writer.write_rows(weight.written, rows, start)
                 if stop():
                     return
 

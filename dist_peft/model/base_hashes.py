@@ -1,6 +1,9 @@
 """Choose the tensors of a base that are hashed while they are read."""
 
+from collections.abc import Collection
+
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.store.content import RowHashes
 from dist_peft.store.format import TensorSpec
@@ -8,12 +11,15 @@ from dist_peft.store.format import TensorSpec
 __all__ = ["build_row_hashes"]
 
 
-def build_row_hashes(skeleton: Skeleton) -> RowHashes:
+def build_row_hashes(skeleton: Skeleton, trained_names: Collection[str] = ()) -> RowHashes:
     """Return the hashes for a ``RowReader`` of the skeleton's files.
 
+    Args:
+        trained_names: tensors that were trained themselves, which are read as they are stored.
+
     Tensors that the model has as stored are hashed as they are; weights that a prequantized
-    directory stores as several tensors, in the packed rows built from these; experts that are
-    stored transposed, in the rows of their products.
+    directory stores as several tensors, in the packed rows built from these; experts and linears
+    that are stored transposed, in the rows of their products.
     """
     files = skeleton.index.tensors
     turned: dict[str, TensorSpec] = {}
@@ -23,6 +29,12 @@ def build_row_hashes(skeleton: Skeleton) -> RowHashes:
             shape = (len(piece.span), module.in_features)
             spec = TensorSpec(piece.name, skeleton.tensors[piece.name].dtype, shape)
             (turned if module.is_transposed and module.stored is None else rows)[piece.name] = spec
+    linears = (m for m in skeleton.model.modules() if isinstance(m, FrozenLinear))
+    for linear in linears:
+        if linear.is_transposed and linear.source not in trained_names:
+            shape = (linear.out_features, linear.in_features)
+            dtype = skeleton.tensors[linear.source].dtype
+            turned[linear.source] = TensorSpec(linear.source, dtype, shape)
     plain = [
         spec
         for name, spec in skeleton.tensors.items()

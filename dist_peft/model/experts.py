@@ -27,13 +27,13 @@ Families may gate in another way (gpt-oss: rows of gate and up in turn, clamped)
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 from dist_peft.model.expert_exchange import ExpertExchange, RowRoutes
+from dist_peft.model.expert_kinds import ExpertForm
 from dist_peft.model.frozen_linear import FrozenWeight, PrequantizedLinear
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.grouped_matmul import RowGroups, count_sorted, frozen_grouped_matmul
@@ -42,28 +42,8 @@ from dist_peft.store.reader import RowReader
 __all__ = [
     "ExpertStack",
     "FrozenExperts",
-    "Pieces",
-    "ScaledInputExperts",
-    "StackPiece",
     "StoredPieces",
 ]
-
-
-@dataclass(frozen=True)
-class StackPiece:
-    """Consecutive rows of a stack that are one tensor of the files.
-
-    Attributes:
-        name: the tensor, ``[rows, in]``; or of any shape that is these rows if flattened.
-        span: which rows of the stack.
-    """
-
-    name: str
-    span: Span
-
-
-Pieces = tuple[StackPiece, ...]
-"""All rows of a stack, in order."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +82,12 @@ class ExpertStack(FrozenWeight):
         codec, source, device, stored: see ``FrozenWeight``.
 
     Attributes:
-        pieces: where the rows are in the files; set when the model is built.
-        is_transposed: the parameter of ``transformers`` is ``[E, in, out]``, as is an unquantized
-            tensor in the files.
+        limit: why adapters and packed formats leave the stack as it is; empty: they do not.
         own_rows: packed rows of ``own_experts``, where this rank computes these alone
             (``ExpertExchange``); None: ``packed`` has those of all experts.
     """
 
-    pieces: Pieces = ()
-    is_transposed: bool = False
+    limit: str = ""
     own_rows: nn.Parameter | None = None
     own_experts: Span = Span(0, 0)
 
@@ -134,18 +111,9 @@ class ExpertStack(FrozenWeight):
             packed, groups = self.own_rows, groups.select(self.own_experts)
         return frozen_grouped_matmul(x, packed, self.codec, self.in_features, groups)
 
-    def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
-        """Read rows of the stack; of each tensor that holds some of them, only these are read."""
-        if self.is_transposed:
-            return self._read_columns(reader, span)
-        dtypes = [reader.index.find_tensor(piece.name).dtype for piece in self.pieces]
-        rows = torch.empty(len(span), self.in_features, dtype=reduce(torch.promote_types, dtypes))
-        for piece in self.pieces:
-            common = piece.span.intersect(span)
-            if len(common):
-                read = reader.read_flat_rows(piece.name, common.shifted_by(-piece.span.start))
-                rows[common.shifted_by(-span.start).slice] = read
-        return rows
+    @property
+    def rows_each(self) -> int:
+        return self.out_features
 
     def list_piece_shapes(self) -> dict[str, tuple[int, ...]]:
         """Map each piece's name to its shape in an unquantized base."""
@@ -160,24 +128,6 @@ class ExpertStack(FrozenWeight):
             for piece in self.pieces
         }
 
-    def _read_columns(self, reader: RowReader, span: Span) -> Tensor:
-        """Read rows that are columns of each expert's matrix in the only piece."""
-        (piece,) = self.pieces
-        parts = []
-        for expert in range(span.start // self.out_features, -(-span.stop // self.out_features)):
-            first = expert * self.out_features
-            own = Span(first, first + self.out_features).intersect(span)
-            matrix = Span(expert * self.in_features, (expert + 1) * self.in_features)
-            columns = own.shifted_by(-first)
-            parts.append(reader.read_flat_rows(piece.name, matrix, columns).T)
-        if not parts:
-            dtype = reader.index.find_tensor(piece.name).dtype
-            return torch.empty(0, self.in_features, dtype=dtype)
-        rows = torch.cat(parts)
-        if reader.hashes is not None:
-            reader.hashes.add_packed_rows(piece.name, span.start, rows.view(torch.uint8))
-        return rows
-
     def extra_repr(self) -> str:
         return (
             f"experts={self.experts}, in_features={self.in_features}, "
@@ -190,17 +140,21 @@ class FrozenExperts(nn.Module):
 
     Args:
         stacks: the products by their names, first and second, such as ``gate_up_proj``
-            ``[2I, H]`` and ``down_proj`` ``[H, I]`` of each expert.
+            ``[2I, H]`` and ``down_proj`` ``[H, I]`` of each expert; or gate, up and the second.
         act_fn: between them, for the usual ``act(gate) * up``.
         apply_gate: another function of the first product, ``[n, 2I]`` to ``[n, I]``, in its place.
         bias_dtype: type of the biases ``[E, 2I]`` and ``[E, H]``; None: there are none.
 
     Attributes:
         exchange: sends rows to other ranks; None: this rank computes its own.
+        is_routed: tokens choose experts, so that fewer may be gathered than there are.
+        form: how they are called (``model.expert_kinds``).
         known_counts: rows by expert of the next call, if they have been read on the host.
     """
 
     exchange: ExpertExchange | None = None
+    is_routed: bool = True
+    form: ExpertForm = "routed"
     known_counts: list[int] | None = None
 
     def __init__(
@@ -213,8 +167,15 @@ class FrozenExperts(nn.Module):
         super().__init__()
         self.stack_names = tuple(stacks)
         self.num_experts = next(iter(stacks.values())).experts
+        self.out_features = stacks[self.stack_names[-1]].out_features
         for name, stack in stacks.items():
-            self.add_module(name, stack)
+            *owners, own = name.split(".")
+            holder: nn.Module = self
+            for owner in owners:  # DBRX has the parameters in a module of its own
+                if owner not in holder._modules:
+                    holder.add_module(owner, nn.Module())
+                holder = holder.get_submodule(owner)
+            holder.add_module(own, stack)
         self.act_fn = act_fn
         self._other_gate = apply_gate
         for name, stack in stacks.items():
@@ -222,22 +183,26 @@ class FrozenExperts(nn.Module):
             if bias_dtype is not None:
                 shape, device = (stack.experts, stack.out_features), stack.packed.device
                 bias = nn.Parameter(torch.empty(shape, dtype=bias_dtype, device=device), False)
-            self.register_parameter(f"{name}_bias", bias)
+            if bias is not None or "." not in name:  # DBRX has none
+                self.register_parameter(f"{name}_bias", bias)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the weighted sum of the chosen experts' outputs.
 
         Args:
-            hidden_states: ``[n, H]``.
+            hidden_states: ``[n, H]``, or ``[..., H]`` of as many tokens.
             top_k_index: long ``[n, k]``, the experts of each token.
             top_k_weights: ``[n, k]``, factors of the experts' outputs.
 
         Returns:
-            ``[n, H]`` in the type of ``hidden_states``.
+            In shape and type of ``hidden_states``.
         """
+        shape = hidden_states.shape
+        hidden_states = hidden_states.reshape(-1, shape[-1])
         if self.exchange is not None and self.exchange.joins_rows(top_k_index.shape[1]):
             choices = (top_k_index, top_k_weights)
-            return self.exchange.compute_joined(hidden_states, *choices, self._multiply)
+            joined = self.exchange.compute_joined(hidden_states, *choices, self._multiply)
+            return joined.view(shape)
         chosen = top_k_index.flatten()
         by_expert, order = chosen.sort(stable=True)
         tokens = order // top_k_index.shape[1]
@@ -249,7 +214,7 @@ class FrozenExperts(nn.Module):
         # is not on a GPU
         y = y[order.argsort()].view(*top_k_index.shape, y.shape[-1])
         y = y * top_k_weights.unsqueeze(-1)
-        return y.sum(1).to(hidden_states.dtype)
+        return y.sum(1).to(hidden_states.dtype).view(shape)
 
     def count_rows(self, *inputs: Tensor) -> Tensor:
         """Return long ``[E]``, the rows that ``inputs`` of a forward give each expert."""
@@ -279,14 +244,14 @@ class FrozenExperts(nn.Module):
 
     def _multiply(self, x: Tensor, groups: RowGroups, chosen: Tensor) -> Tensor:
         """Both products of ``x`` [n, H], sorted by expert; ``chosen`` [n]: the expert of a row."""
-        first, second = self.stack_names
-        y = self._modules[first](x, groups)  # type: ignore[misc]
-        y = self._add_bias(first, y, chosen)
-        y = self._modules[second](self._apply_gate(y), groups)  # type: ignore[misc]
-        return self._add_bias(second, y, chosen)
+        *first, second = self.stack_names
+        parts = [self._multiply_stack(name, x, groups, chosen) for name in first]
+        y = self._apply_gate(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+        return self._multiply_stack(second, y, groups, chosen)
 
-    def _add_bias(self, name: str, y: Tensor, chosen: Tensor) -> Tensor:
-        bias = self._parameters[f"{name}_bias"]
+    def _multiply_stack(self, name: str, x: Tensor, groups: RowGroups, chosen: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule(name)(x, groups)
+        bias = self._parameters.get(f"{name}_bias")
         return y if bias is None else y + bias[chosen].to(y.dtype)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -295,31 +260,3 @@ class FrozenExperts(nn.Module):
         assert self.act_fn is not None
         gate, up = gate_up.chunk(2, -1)
         return self.act_fn(gate) * up
-
-
-class ScaledInputExperts(FrozenExperts):
-    """Llama 4's experts: each gets every token, multiplied by its score, 0 where it was not chosen.
-
-    An input of zeros has an output of zeros, and gives no gradient to input and weights, as there
-    are no biases and the gate is a product. So rows of zeros are left out, exactly.
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """``[E * n, H]``, the tokens of expert 0, then those of expert 1, to the same shape."""
-        tokens = len(hidden_states) // self.num_experts
-        is_chosen = hidden_states.detach().any(1)
-        counts = is_chosen.view(self.num_experts, tokens).sum(1)
-        groups, routes = self._group_rows(counts, tokens)  # traced: one expert for each token
-        # the indices of the chosen rows, whose number is known
-        order = is_chosen.to(torch.uint8).argsort(descending=True, stable=True)
-        kept = order[: groups.num_rows]
-        chosen = kept // tokens
-        groups = groups.with_tokens(kept % tokens, tokens)
-        y = self._multiply_at_owners(hidden_states[kept], groups, routes, chosen)
-        return y.new_zeros(hidden_states.shape).index_copy(0, kept, y)
-
-    def count_rows(self, *inputs: Tensor) -> Tensor:
-        return inputs[0].detach().any(1).view(self.num_experts, -1).sum(1)
-
-    def count_choices(self, *inputs: Tensor) -> tuple[int, int]:
-        return len(inputs[0]) // self.num_experts, 1

@@ -38,6 +38,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.computation_key import describe_computation
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
+from dist_peft.model.expert_variants import make_stand_in
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.freezing import FrozenReplacement
 from dist_peft.model.frozen_embedding import FrozenEmbedding
@@ -349,7 +350,7 @@ def _fake_frozen_forwards(
         elif isinstance(module, FrozenEmbedding):
             vars(module)["forward"] = _make_fake_lookup(module)
         elif isinstance(module, FrozenExperts):
-            vars(module)["forward"] = _fake_experts_forward
+            vars(module)["forward"] = make_stand_in(module.form, module.out_features)
 
 
 def _make_fake_linear(linear: FrozenLinear, marker: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -372,10 +373,6 @@ def _make_fake_lookup(embedding: FrozenEmbedding) -> Callable[[Tensor], Tensor]:
         return embedding.finish_lookup(ids, rows)
 
     return fake_embedding_forward
-
-
-def _fake_experts_forward(hidden_states: Tensor, *routing: Tensor) -> Tensor:
-    return torch.empty_like(hidden_states) + hidden_states
 
 
 def _run_each_kind_once(blocks: Sequence[nn.Module]) -> None:

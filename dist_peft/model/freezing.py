@@ -2,31 +2,27 @@
 ``meta`` by packed ones.
 
 Which linears: ``nn.Linear`` and those of its subclasses that compute the same (Falcon writes
-``x @ W.T + b``). Other classes, such as GPT-2's ``Conv1D``, are left unchanged.
+``x @ W.T + b``), and GPT-2's ``Conv1D``, whose weight is ``[in, out]``: its packed rows are columns
+in the files (``FrozenWeight.is_transposed``). Other classes are left unchanged.
 """
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dist_peft.core.errors import UserError
-from dist_peft.model.expert_kinds import describe_experts, find_own_gate
-from dist_peft.model.experts import (
-    ExpertStack,
-    FrozenExperts,
-    Pieces,
-    ScaledInputExperts,
-    StoredPieces,
-)
+from dist_peft.model.expert_kinds import describe_experts, find_activation, find_own_gate
+from dist_peft.model.expert_variants import EXPERT_CLASSES
+from dist_peft.model.experts import ExpertStack, StoredPieces
 from dist_peft.model.frozen_embedding import FrozenEmbedding
-from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight, Pieces
 from dist_peft.model.naming import TensorNames
 from dist_peft.model.prequantized.base import PrequantizedBase
 from dist_peft.quant.codec import Codec, RawCodec
@@ -110,10 +106,19 @@ def is_plain_linear(module: nn.Module) -> bool:
     return True
 
 
+def _find_linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return ``[out, in]`` of a linear or ``Conv1D``; None: ``module`` is neither."""
+    if type(module) is Conv1D:
+        return module.nf, module.nx
+    if isinstance(module, nn.Linear) and is_plain_linear(module):
+        return module.out_features, module.in_features
+    return None
+
+
 def freeze_linears(
     model: nn.Module,
     blocks: list[nn.Module],
-    names: dict[str, str],
+    found: TensorNames,
     codec: Codec,
     dtype: torch.dtype,
     packed: PrequantizedBase | None,
@@ -134,30 +139,37 @@ def freeze_linears(
     in_blocks = {id(m) for block in blocks for m in block.modules()}
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
-            if not is_plain_linear(child) or id(child) in plain:
+            if (shape := _find_linear_shape(child)) is None or id(child) in plain:
                 continue
-            assert isinstance(child, nn.Linear)
-            if child.weight.dtype != dtype:
+            weight, bias = child.get_parameter("weight"), child._parameters.get("bias")
+            if weight.dtype != dtype:
                 continue
             if f"{path}.{name}".lstrip(".") in learning:
                 continue
             inside = id(child) in in_blocks
             if not inside and tied:
                 continue  # shares the parameter of the embedding, which is not a linear
-            shape = child.out_features, child.in_features
-            source = names.get(f"{path}.{name}.weight".lstrip("."))
+            full = f"{path}.{name}.weight".lstrip(".")
+            source = found.tensors.get(full)
             stored = packed.open_linear(source, *shape) if packed and source and inside else None
             frozen = FrozenLinear(
-                child.in_features,
-                child.out_features,
+                shape[1],
+                shape[0],
                 (codec if inside else raw) if stored is None else stored.codec,
-                bias=child.bias is not None,
-                bias_dtype=dtype if child.bias is None else child.bias.dtype,
+                bias=bias is not None,
+                bias_dtype=dtype if bias is None else bias.dtype,
                 source="",
                 device="meta",
                 stored=stored,
             )
             frozen.is_head = not inside
+            frozen.is_transposed = isinstance(child, Conv1D)
+            frozen.pieces = found.stacks.get(full, ())
+            if frozen.is_transposed and stored is not None:
+                raise UserError(
+                    f"{source} is quantized in the files and belongs to a Conv1D, whose weights "
+                    "are read unquantized only; give the unquantized base"
+                )
             replaced.append(FrozenReplacement(parent, f"{path}.{name}".lstrip("."), child, frozen))
             replaced[-1].install_frozen()
     return replaced
@@ -181,24 +193,23 @@ def freeze_experts(
         stacks: dict[str, ExpertStack] = {}
         kind = describe_experts(module)
         assert kind is not None
+        turned = names.in_turn & {f"{paths[id(module)]}.{own}" for own in kind.names}
         for own in kind.names:
-            count, out, columns = module.get_parameter(own).shape
-            if kind.is_transposed:
-                out, columns = columns, out
+            count, out, columns = kind.find_stack_shape(module, own)
             source = f"{paths[id(module)]}.{own}"
             pieces = names.stacks[source]
             stored = None if packed is None else _open_packed_pieces(packed, pieces, columns)
             chosen = codec if stored is None else stored.codec
             stacks[own] = ExpertStack(count, columns, out, chosen, source, "meta", stored)
             stacks[own].pieces = pieces
-            stacks[own].is_transposed = kind.is_transposed
+            stacks[own].is_transposed = own in kind.transposed
+            stacks[own].limit = _IN_TURN if turned else kind.limit
         parent, _, own = paths[id(module)].rpartition(".")
         bias = module._parameters.get(f"{kind.names[0]}_bias")
-        build = ScaledInputExperts if kind.has_scaled_inputs else FrozenExperts
-        frozen = build(
+        frozen = EXPERT_CLASSES[kind.form](
             stacks,
-            act_fn=cast(nn.Module | None, getattr(module, "act_fn", None)),
-            apply_gate=find_own_gate(module),
+            act_fn=find_activation(module),
+            apply_gate=_find_gate(module, in_turn=bool(turned)),
             bias_dtype=None if bias is None else bias.dtype,
         )
         replaced.append(
@@ -206,6 +217,35 @@ def freeze_experts(
         )
         replaced[-1].install_frozen()
     return replaced
+
+
+_IN_TURN = (
+    "its files have gate and up rows in turn, and transformers one after the other; write the base "
+    "converted, with transformers' save_pretrained(..., save_original_format=False)"
+)
+
+
+def _find_gate(module: nn.Module, *, in_turn: bool) -> Callable[[Tensor], Tensor] | None:
+    """Return the function between the products; None: the usual one.
+
+    Args:
+        in_turn: the first product has values of gate and up in turn.
+    """
+    gate = find_own_gate(module)
+    if not in_turn:
+        return gate
+    activation = find_activation(module)
+
+    def apply_gate(gate_up: Tensor) -> Tensor:
+        one, other = gate_up[..., ::2], gate_up[..., 1::2]
+        if gate is not None:
+            found: Tensor = gate(torch.cat((one, other), -1))
+            return found
+        assert activation is not None
+        usual: Tensor = activation(one) * other
+        return usual
+
+    return apply_gate
 
 
 def _open_packed_pieces(
@@ -329,9 +369,9 @@ def check_base_is_packed(model: nn.Module, blocks: Sequence[nn.Module], path: st
     }
     raise UserError(
         f"base.quant packs nothing of {path}: the matrices of {type(model).__name__}'s blocks are "
-        f"in modules of class {', '.join(sorted(classes)) or 'none'}, and only linears (nn.Linear "
-        "and classes that compute the same) are packed and adapted; set base.quant: null and "
-        "adapter.kind: full to train it unquantized, or use another base"
+        f"in modules of class {', '.join(sorted(classes)) or 'none'}, and only linears (nn.Linear, "
+        "Conv1D and classes that compute the same) are packed and adapted; set base.quant: null "
+        "and adapter.kind: full to train it unquantized, or use another base"
     )
 
 

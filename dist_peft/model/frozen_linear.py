@@ -19,6 +19,7 @@ of an unquantized base are encoded, those of a prequantized base are packed alre
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -35,9 +36,12 @@ __all__ = [
     "WHOLE_ELEMENTS",
     "FrozenLinear",
     "FrozenWeight",
+    "Pieces",
     "PrequantizedLinear",
+    "StackPiece",
     "WeightRows",
     "all_rows_finite",
+    "describe_stored_otherwise",
 ]
 
 WHOLE_ELEMENTS = 2**26
@@ -55,6 +59,23 @@ class PrequantizedLinear(Protocol):
         """Read rows packed by the linear's codec, ``uint8 [len(span), row_bytes]``."""
 
 
+@dataclass(frozen=True)
+class StackPiece:
+    """Consecutive rows of a weight that are one tensor of the files.
+
+    Attributes:
+        name: the tensor, ``[rows, in]``; or of any shape that is these rows if flattened.
+        span: which rows of the weight.
+    """
+
+    name: str
+    span: Span
+
+
+Pieces = tuple[StackPiece, ...]
+"""All rows of a weight, in order."""
+
+
 class FrozenWeight(nn.Module):
     """A packed, frozen weight of a linear or of experts.
 
@@ -68,8 +89,12 @@ class FrozenWeight(nn.Module):
 
     Attributes:
         packed: ``uint8 [rows, row_bytes]``, frozen.
+        pieces: where the rows of experts are in the files, and of a linear that the files have as
+            several tensors; set when the model is built. Empty: in ``source``.
         is_head: this is the output head, which ``all-linear`` leaves out.
         is_tied: ``packed`` is that of the input embedding; nothing adapts it.
+        is_transposed: an unquantized tensor of the files is ``[in, out]``, of experts ``[E, in,
+            out]`` or these one below the other: rows are columns there.
         without_gradient: the model's code lets no gradient through from its output, so an adapter
             on it cannot be trained; ``all-linear`` leaves it out.
     """
@@ -77,6 +102,8 @@ class FrozenWeight(nn.Module):
     is_head: bool = False
     is_tied: bool = False
     without_gradient: bool = False
+    is_transposed: bool = False
+    pieces: Pieces = ()
     packed: nn.Parameter
 
     def __init__(
@@ -95,8 +122,46 @@ class FrozenWeight(nn.Module):
         self.packed = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), False)
 
     def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
-        """Read rows of an unquantized base's files, ``[len(span), in]`` in their type."""
-        return reader.read_rows(self.source, span)
+        """Read rows of an unquantized base's files, ``[len(span), in]`` in their type; of each
+        tensor that has some of them, only these are read."""
+        if self.is_transposed:
+            return self._read_columns(reader, self.stored_name, span)
+        if not self.pieces:
+            return reader.read_rows(self.source, span)
+        dtypes = [reader.index.find_tensor(piece.name).dtype for piece in self.pieces]
+        rows = torch.empty(len(span), self.in_features, dtype=reduce(torch.promote_types, dtypes))
+        for piece in self.pieces:
+            common = piece.span.intersect(span)
+            if len(common):
+                read = reader.read_flat_rows(piece.name, common.shifted_by(-piece.span.start))
+                rows[common.shifted_by(-span.start).slice] = read
+        return rows
+
+    @property
+    def stored_name(self) -> str:
+        """The tensor in the files that has all rows, or the first ones."""
+        return self.pieces[0].name if self.pieces else self.source
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of one matrix: of an expert where there are several, else of all."""
+        return int(self.packed.shape[0])
+
+    def _read_columns(self, reader: RowReader, name: str, span: Span) -> Tensor:
+        """Read rows that are columns of each matrix in tensor ``name``."""
+        parts, height = [], self.rows_each
+        for number in range(span.start // height, -(-span.stop // height)):
+            own = Span(number * height, (number + 1) * height).intersect(span)
+            matrix = Span(number * self.in_features, (number + 1) * self.in_features)
+            columns = own.shifted_by(-number * height)
+            parts.append(reader.read_flat_rows(name, matrix, columns).T)
+        if not parts:
+            dtype = reader.index.find_tensor(name).dtype
+            return torch.empty(0, self.in_features, dtype=dtype)
+        rows = torch.cat(parts)
+        if reader.hashes is not None:
+            reader.hashes.add_packed_rows(name, span.start, rows.view(torch.uint8))
+        return rows
 
     def dequantize_weight(self, dtype: torch.dtype) -> Tensor:
         """Dequantize the whole weight to a new tensor [rows, in]."""
@@ -164,6 +229,16 @@ class FrozenLinear(FrozenWeight):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"codec={self.codec.name}, bias={self.bias is not None}"
         )
+
+
+def describe_stored_otherwise(model: nn.Module) -> str | None:
+    """Return how the files have a linear that is not a tensor of its rows; None: all are."""
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenLinear) and module.is_transposed:
+            return f"weights of the base are stored transposed ({path}, a Conv1D)"
+        if isinstance(module, FrozenLinear) and module.pieces:
+            return f"linears of the base are several tensors in its files ({path})"
+    return None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from dist_peft.core.log import ONCE
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.config_switches import list_switches, shorten_switches
-from dist_peft.model.expert_kinds import find_expert_modules
+from dist_peft.model.expert_kinds import describe_experts, find_expert_modules
+from dist_peft.model.expert_variants import make_stand_in
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.forward_probe import ON_ANY_DEVICE, restore_own_attributes
 from dist_peft.model.frozen_embedding import FrozenEmbedding
@@ -176,7 +177,10 @@ def is_isolated_beyond_switches(model: PreTrainedModel, longest: int) -> bool | 
             blocks = find_decoder_blocks(small)
             with suppress(UserError):  # experts of another kind run as they are
                 for experts in find_expert_modules(blocks):
-                    vars(experts)["forward"] = _experts_answer
+                    kind = describe_experts(experts)
+                    assert kind is not None
+                    width = kind.find_stack_shape(experts, kind.names[-1])[1]
+                    vars(experts)["forward"] = make_stand_in(kind.form, width)
             _fill_with_random_numbers(small)
             _keep_first_layers(small, blocks)
             small.eval()
@@ -225,7 +229,7 @@ def _fill_with_random_numbers(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, FrozenExperts):
-            vars(module)["forward"] = _experts_answer
+            vars(module)["forward"] = make_stand_in(module.form, module.out_features)
         elif isinstance(module, FrozenEmbedding):
             vars(module)["forward"] = _look_up_random_rows(module)
         elif isinstance(module, FrozenLinear) or _is_plain_linear(module):
@@ -272,11 +276,3 @@ def _random_parameter(name: str, parameter: Tensor) -> Tensor:
 
 def _low_rank(rows: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: (x @ rows) @ columns
-
-
-def _experts_answer(hidden_states: Tensor, *routing: Tensor) -> Tensor:
-    """``routing``: experts of each token and their factors; none where inputs are scaled."""
-    if not routing:
-        return torch.sin(hidden_states)
-    _, top_k_weights = routing
-    return torch.sin(hidden_states) * top_k_weights.sum(-1, keepdim=True).to(hidden_states.dtype)

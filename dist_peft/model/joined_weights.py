@@ -9,9 +9,13 @@ each for query, key and value, and ``transformers`` computes one for all of thei
 Here the module keeps the three as parameters of their own, so that each is read, sharded, merged
 and written as the tensor that it is in the files, and ``weight`` is computed from them where the
 module or its parent reads it.
+
+Of a linear (MiniMax-M3's shared experts, published with gate and up apart) the rows are packed
+together, each tensor a piece of them (``FrozenWeight.pieces``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,9 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, WeightConverter
 
+from dist_peft.core.span import Span
+from dist_peft.model.frozen_linear import Pieces, StackPiece
 from dist_peft.store.index import TensorInfo
 
-__all__ = ["split_joined_weights"]
+__all__ = ["find_joined_linears", "split_joined_weights"]
 
 
 def split_joined_weights(
@@ -33,7 +39,7 @@ def split_joined_weights(
     """Give modules whose weight ``transformers`` concatenates a parameter for each part.
 
     Args:
-        model: on meta; linears are left alone, as their rows are packed together.
+        model: on meta; linears are left alone (``find_joined_linears``).
         in_files: name in the model -> tensor in the files, after renamings.
         tensors: of the files; None: packed.
         rules: ``transformers``' conversions of the model's files.
@@ -42,24 +48,54 @@ def split_joined_weights(
         Full name of each new parameter -> tensor in the files.
     """
     found: dict[str, str] = {}
+    for path, own, parts, sizes in _iterate_joined(model, in_files, tensors, rules):
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            continue
+        _split_parameter(module, own, sizes)
+        for number, source in enumerate(parts):
+            found[f"{path}.{_name_part(own, number)}"] = source
+    return found
+
+
+def find_joined_linears(
+    model: PreTrainedModel,
+    in_files: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo | None],
+    rules: Sequence[object],
+) -> dict[str, Pieces]:
+    """Return full name of each linear's weight that ``transformers`` concatenates -> the tensors
+    that its rows are in, for arguments as in ``split_joined_weights``."""
+    found: dict[str, Pieces] = {}
+    for path, own, parts, sizes in _iterate_joined(model, in_files, tensors, rules):
+        if isinstance(model.get_submodule(path), nn.Linear):
+            ends = list(accumulate(sizes))
+            spans = (Span(end - size, end) for end, size in zip(ends, sizes, strict=True))
+            found[f"{path}.{own}"] = tuple(map(StackPiece, parts, spans))
+    return found
+
+
+def _iterate_joined(
+    model: PreTrainedModel,
+    in_files: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo | None],
+    rules: Sequence[object],
+) -> Iterator[tuple[str, str, list[str], list[int]]]:
+    """Yield a module's path, the name of a weight in it, the tensors of its parts, and their
+    rows."""
     for name, parts in _list_joined(in_files, rules).items():
         path, _, own = name.rpartition(".")
         path = path.removeprefix(model.base_model_prefix + ".")
         prefix = "" if _has_module(model, path) else model.base_model_prefix + "."
         if name in in_files or not _has_module(model, prefix + path):
             continue
-        module = model.get_submodule(prefix + path)
+        whole = model.get_submodule(prefix + path)._parameters.get(own)
         infos = [tensors[source] for source in parts]
-        whole = module._parameters.get(own)
-        if whole is None or isinstance(module, nn.Linear) or None in infos:
+        if whole is None or None in infos:
             continue
-        shapes = [info.shape for info in infos if info is not None]
-        if sum(shape[0] for shape in shapes) != whole.shape[0]:
-            continue
-        _split_parameter(module, own, [shape[0] for shape in shapes])
-        for number, source in enumerate(parts):
-            found[f"{prefix}{path}.{_name_part(own, number)}"] = source
-    return found
+        sizes = [info.shape[0] for info in infos if info is not None]
+        if sum(sizes) == whole.shape[0]:
+            yield prefix + path, own, parts, sizes
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

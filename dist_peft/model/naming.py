@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    Interleave,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -28,8 +29,8 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
 from dist_peft.model.expert_kinds import describe_experts
-from dist_peft.model.experts import Pieces, StackPiece
-from dist_peft.model.joined_weights import split_joined_weights
+from dist_peft.model.frozen_linear import Pieces, StackPiece
+from dist_peft.model.joined_weights import find_joined_linears, split_joined_weights
 from dist_peft.model.prequantized.base import PrequantizedBase
 from dist_peft.model.tensor_renaming import rename_tensor
 from dist_peft.model.tied_weights import list_tied_names, untie_different_weights
@@ -47,7 +48,9 @@ class TensorNames:
     Attributes:
         tensors: full name -> tensor in the files; a packed weight under its name before packing.
             Experts are in ``stacks``.
-        stacks: full name of a parameter of experts -> the pieces that its rows come from.
+        stacks: full name of a parameter of experts, or of a linear that the files have as several
+            tensors -> the pieces that its rows come from.
+        in_turn: parameters of ``stacks`` of which the files have rows of gate and up in turn.
         renamed: tensor in the files -> the name that it should have had: of a tied weight that was
             stored under the head's name only.
     """
@@ -55,6 +58,7 @@ class TensorNames:
     tensors: dict[str, str]
     stacks: dict[str, Pieces]
     renamed: dict[str, str] = field(default_factory=dict)
+    in_turn: frozenset[str] = frozenset()
 
     @property
     def found_names(self) -> dict[str, str]:
@@ -86,7 +90,10 @@ def find_tensor_names(
     tensors: Mapping[str, TensorInfo | None] = index.tensors if packed is None else packed.tensors
     in_files = _rename_tensors(tensors, renamings, model)
     in_files |= split_joined_weights(model, in_files, tensors, rules)
-    stacks, absent = _find_expert_stacks(model, index, tensors, in_files, rules, experts)
+    in_turn = _find_rows_in_turn(in_files, rules) if experts else {}
+    in_files |= in_turn
+    stacks, absent, unread = _find_expert_stacks(model, index, tensors, in_files, rules, experts)
+    stacks |= find_joined_linears(model, in_files, tensors, rules)
     prefix = model.base_model_prefix + "."
 
     def find_source(name: str) -> str | None:
@@ -115,8 +122,10 @@ def find_tensor_names(
             absent.append(name)
     if absent:
         raise _absent_tensors_error(model, index, in_files, rules, absent)
-    found = TensorNames(names, stacks, renamed)
-    _warn_of_unused_tensors(model, index, tensors, set(found.found_names.values()))
+    turned = frozenset(n for n in stacks if in_turn.keys() & {*_candidate_names(n, prefix)})
+    found = TensorNames(names, stacks, renamed, turned)
+    used = {*found.found_names.values(), *unread}
+    _warn_of_unused_tensors(model, index, tensors, used)
     for name, source in list(names.items()):
         info, shape = tensors[source], shapes[name]
         if info is not None and shape != info.shape:
@@ -199,18 +208,21 @@ def _find_expert_stacks(
     in_files: Mapping[str, str],
     rules: Sequence[object],
     experts: Sequence[nn.Module],
-) -> tuple[dict[str, Pieces], list[str]]:
-    """Return ``TensorNames.stacks``, and the parameters of experts that the files lack."""
+) -> tuple[dict[str, Pieces], list[str], set[str]]:
+    """Return ``TensorNames.stacks``, the parameters of experts that the files lack, and tensors of
+    experts that compute without weights."""
     merged = _group_expert_tensors(in_files, rules) if experts else {}
     paths = {id(module): path for path, module in model.named_modules()}
     prefix = model.base_model_prefix + "."
     stacks: dict[str, Pieces] = {}
     absent: list[str] = []
+    unread: set[str] = set()
     for module in experts:
         kind = describe_experts(module)
         assert kind is not None
         for own in kind.names:
-            name, shape = f"{paths[id(module)]}.{own}", tuple(module.get_parameter(own).shape)
+            name, shape = f"{paths[id(module)]}.{own}", kind.find_stack_shape(module, own)
+            stored = tuple(module.get_parameter(own).shape)
             for candidate in _candidate_names(name, prefix):
                 if candidate in in_files:
                     parts = [[in_files[candidate]]]
@@ -218,11 +230,16 @@ def _find_expert_stacks(
                     parts = merged[candidate]
                 else:
                     continue
-                stacks[name] = _list_stack_pieces(index, tensors, parts, shape, kind.is_transposed)
+                if kind.form == "with_identities" and candidate in merged:
+                    unread |= {name for part in parts for name in part[shape[0] :]}
+                    parts = [part[: shape[0]] for part in parts]
+                stacks[name] = _list_stack_pieces(
+                    index, tensors, parts, shape, stored, own in kind.transposed
+                )
                 break
             else:
                 absent.append(name)
-    return stacks, absent
+    return stacks, absent, unread
 
 
 def _group_expert_tensors(
@@ -248,6 +265,23 @@ def _group_expert_tensors(
     }
 
 
+def _find_rows_in_turn(in_files: Mapping[str, str], rules: Sequence[object]) -> dict[str, str]:
+    """Return name of a stack -> the tensor that has its rows of gate and up in turn."""
+    found: dict[str, str] = {}
+    for rule in rules:
+        if not isinstance(rule, WeightConverter) or len(rule.target_patterns) > 1:
+            continue
+        kinds = [
+            (type(o), vars(o).get("dim"), bool(vars(o).get("inverse"))) for o in rule.operations
+        ]
+        if kinds == [(Interleave, 1, False)]:
+            for renamed, source in in_files.items():
+                name, pattern = rule.rename_source_key(renamed)
+                if pattern is not None and name not in in_files:
+                    found[name] = source
+    return found
+
+
 def _is_expert_merge(rule: WeightConverter) -> bool:
     """Return whether the rule only stacks experts with concatenated projections."""
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in rule.operations]
@@ -259,22 +293,26 @@ def _list_stack_pieces(
     index: SafetensorsIndex,
     tensors: Mapping[str, TensorInfo | None],
     parts: list[list[str]],
-    shape: tuple[int, ...],
+    shape: tuple[int, int, int],
+    stored: tuple[int, ...],
     transposed: bool,
 ) -> Pieces:
     """Return the pieces of a stack [experts, out, in], from one tensor or those of ``_merged``.
 
     Args:
-        shape: of the parameter; [experts, in, out] where ``transposed``.
+        shape: of the stack.
+        stored: of the parameter; [experts, in, out] where ``transposed``.
     """
-    experts, out, columns = (shape[0], *shape[:0:-1]) if transposed else shape
-    whole = parts == [[parts[0][0]]] and (experts > 1 or transposed)
+    experts, out, columns = shape
+    first = tensors[parts[0][0]]
+    stacked = experts > 1 or transposed or (first is not None and first.shape == stored)
+    whole = stacked and parts == [[parts[0][0]]]
     if transposed and not whole:
         raise UserError(
             f"{index.path} has a tensor for each expert, such as {parts[0][0]}, of a family whose "
             "experts are stored transposed: a layout that is not read"
         )
-    wanted = shape if whole else (out // len(parts), columns)
+    wanted = stored if whole else (out // len(parts), columns)
     rows = experts * out if whole else out // len(parts)
     for part in parts:
         if len(part) != (1 if whole else experts):

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.span import Span
-from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenWeight, WeightRows
 from dist_peft.quant.packed_rows import CHUNK_ELEMENTS, count_chunk_rows
 from dist_peft.store.reader import RowReader
@@ -117,8 +116,8 @@ class PanelEncoder:
 
     def _count_panel_rows(self, linear: FrozenWeight) -> int:
         rows = count_chunk_rows(linear.in_features, self._device)
-        if isinstance(linear, ExpertStack) and linear.is_transposed:
-            width = self._reader.index.find_tensor(linear.pieces[0].name).dtype.itemsize
+        if linear.is_transposed:
+            width = self._reader.index.find_tensor(linear.stored_name).dtype.itemsize
             rows = max(rows, _COLUMN_MEMORY // self._threads // (linear.in_features * width))
         return rows
 

@@ -178,9 +178,7 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     replaced = []
     if packs_embeddings:
         replaced += freeze_embeddings(model, codec, dtype, plain, base.path)
-    replaced += freeze_linears(
-        model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain
-    )
+    replaced += freeze_linears(model, blocks, names, codec, dtype, packed, tied, learning, plain)
     replaced += freeze_experts(model, experts, names, codec, packed)
     probe_forward(model, blocks, replaced, base.path)
     if packs_embeddings:
@@ -354,13 +352,15 @@ def _attach_tensor_names(
             full = prefix + ("weight" if packs else name)
             if full in names:
                 own[name] = names[full]
+            elif packs and isinstance(module, FrozenLinear) and module.pieces:
+                module.source = module.pieces[0].name
             elif packs:  # perhaps tied to another
                 others.append((full, module))
             elif isinstance(module, FrozenLinear) and not is_never_read(module, name):
                 raise _no_tensor_error(full, index)
             if packs and name in own:
                 sources[id(parameter)] = module.source = own[name]
-        pieces = module.pieces if isinstance(module, ExpertStack) else ()
+        pieces = module.pieces if isinstance(module, FrozenWeight) else ()
         whole = {n for n, b in module.named_buffers(recurse=False) if not b.is_floating_point()}
         numbers = [source for name, source in own.items() if name not in whole]
         for source in [*numbers, *(piece.name for piece in pieces)]:

@@ -92,7 +92,7 @@ def _list_mxfp4_tensors(model: nn.Module, specs: list[TensorSpec]) -> list[Tenso
         f"{path}.{name}"
         for path, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if (kind := describe_experts(module)) and kind.is_transposed and parameter.dim() == 3
+        if (kind := describe_experts(module)) and name in kind.transposed and parameter.dim() == 3
     }
     packed: list[TensorSpec] = []
     for spec in specs:

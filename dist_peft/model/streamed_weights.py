@@ -131,8 +131,7 @@ class _StreamedExperts(nn.Module):
 
 def _make_panel_reader(frozen: FrozenWeight, reader: RowReader) -> Callable[[Span], Tensor]:
     """Return a function that reads packed rows; values are passed on as they are, NaN too."""
-    is_turned = isinstance(frozen, ExpertStack) and frozen.is_transposed
-    if frozen.stored is None and not is_turned:
+    if frozen.stored is None and not frozen.is_transposed:
         return lambda span: frozen.codec.quantize_to_packed(frozen.read_packed_rows(reader, span))
     stored, last = frozen.stored, frozen.packed.shape[0]
     holding: list[HoldingReader] = []  # of transposed files, from the first panel to the last

@@ -18,6 +18,7 @@ from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.tied_weights import list_tied_names
@@ -65,7 +66,7 @@ def find_externally_read_linears(model: nn.Module) -> set[int]:
                 child = module.get_submodule(path)
             except AttributeError:  # only in some variants of the class
                 continue
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear | Conv1D):
                 found.add(id(child))
     return found
 

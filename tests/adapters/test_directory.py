@@ -207,7 +207,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
     [
         ({"modules_to_save": ["lm_head"]}, "trained with modules_to_save"),
         ({"bias": "all"}, "trained with bias"),
-        ({"fan_in_fan_out": True}, "trained with fan_in_fan_out"),
+        ({"lora_bias": True}, "trained with lora_bias"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             r"changed base \(init_lora_weights: pissa_niter_4",

@@ -22,9 +22,7 @@ KEY = "base_model.model.a.b.w"
 
 
 def group(tensors: dict[str, Tensor], **config: Any) -> dict[str, dict[str, Tensor]]:
-    return group_peft_tensors(
-        PublicAdapter(config, tensors), ("w",), "LoHa", unsupported=("x",), whole_adapter=("s",)
-    )
+    return group_peft_tensors(PublicAdapter(config, tensors), ("w",), "LoHa", whole_adapter=("s",))
 
 
 def test_grouped_and_named_again() -> None:
@@ -42,7 +40,6 @@ def test_grouped_and_named_again() -> None:
         ({"base_model.model.w": torch.ones(1)}, {}, "is no LoHa tensor"),
         ({KEY: torch.ones(0)}, {}, "is empty"),
         ({}, {}, "has no tensors"),
-        ({KEY: torch.ones(1)}, {"x": True}, "trained with x"),
         ({KEY: torch.ones(1)}, {"modules_to_save": ["h"]}, "trained with modules_to_save"),
     ],
 )

@@ -14,7 +14,8 @@ from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.engine import token_exchange
 from dist_peft.engine.token_exchange import OwnedStack, TokenExchange
-from dist_peft.model.experts import ExpertStack, FrozenExperts, ScaledInputExperts
+from dist_peft.model.expert_variants import ScaledInputExperts
+from dist_peft.model.experts import ExpertStack, FrozenExperts
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant.assumed_device import assume_device
 from dist_peft.quant.nf4 import Nf4Codec

@@ -20,6 +20,14 @@ from dist_peft.model.skeleton import build_skeleton
 from tests.support.tiny_models import MIXTURES, save_model
 
 
+class OwnExperts(nn.Module):
+    """Of a class that is known nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.zeros(2, 3, 4))
+
+
 def experts_of(config: tf.PretrainedConfig) -> list[nn.Module]:
     with torch.device("meta"):
         return find_expert_modules([tf.AutoModelForCausalLM.from_config(config)])
@@ -63,6 +71,9 @@ def test_kinds_of_experts() -> None:
     (module,) = experts_of(nemotron)
     assert describe_experts(module) == ExpertKind(("up_proj", "down_proj"))
     (module,) = experts_of(tf.Llama4TextConfig(**_SMALL, num_local_experts=3, head_dim=8))
-    assert describe_experts(module) == ExpertKind(is_transposed=True, has_scaled_inputs=True)
-    with pytest.raises(UserError, match=r"class JetMoeParallelExperts, which are of attention too"):
-        experts_of(tf.JetMoeConfig(**_SMALL, num_local_experts=3, kv_channels=8))
+    both = ("gate_up_proj", "down_proj")
+    assert describe_experts(module) == ExpertKind(transposed=both, form="scaled_inputs")
+    jetmoe = experts_of(tf.JetMoeConfig(**_SMALL, num_local_experts=3, kv_channels=8))
+    assert len(jetmoe) == 4 and all(describe_experts(m).form == "one_product" for m in jetmoe)
+    with pytest.raises(UserError, match="class OwnExperts, whose products transformers does not"):
+        find_expert_modules([OwnExperts()])

@@ -9,24 +9,23 @@ from torch import Tensor, nn
 
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.span import Span
-from dist_peft.engine.single import SingleEngine
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.experts import (
     ExpertStack,
     FrozenExperts,
-    StackPiece,
 )
-from dist_peft.model.load import load_model
+from dist_peft.model.frozen_linear import StackPiece
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.quant.codec import RawCodec, make_codec
 from dist_peft.store.holding_reader import HoldingReader
 from dist_peft.store.reader import RowReader
 from tests.support.dist import run_ranks
+from tests.support.loaded_models import copy_decoded, load
 from tests.support.packed_floats import GPT_OSS
-from tests.support.rank_loads import load, share
+from tests.support.rank_loads import load as load_share
+from tests.support.rank_loads import share
 from tests.support.tiny_models import MIXTURES, save_model
 
-CPU = torch.device("cpu")
 _SIZES = {
     "hidden_size": 64,
     "intermediate_size": 104,
@@ -41,31 +40,6 @@ _SIZES = {
     "eos_token_id": 2,
 }
 NF4, INT3 = QuantConfig(), QuantConfig(kind="int", bits=3, group_size=32)
-
-
-def loaded(directory: Path, quant: QuantConfig | None) -> tf.PreTrainedModel:
-    base = BaseConfig(path=str(directory), quant=quant, compute_dtype="float32")
-    skeleton = build_skeleton(base, directory)
-    engine = SingleEngine(CPU)
-    engine.shard_model(skeleton.model, skeleton.blocks)
-    with RowReader(skeleton.index) as reader:
-        load_model(skeleton.model, reader, engine, CPU)
-    return skeleton.model
-
-
-@torch.no_grad()
-def with_decoded(original: tf.PreTrainedModel, mine: nn.Module) -> tf.PreTrainedModel:
-    """``original`` with the weights that ``mine`` decodes."""
-    for path, module in mine.named_modules():
-        if hasattr(module, "packed"):
-            name = path if isinstance(module, ExpertStack) else f"{path}.weight"
-            parameter = original.get_parameter(name)
-            decoded = module.dequantize_weight(torch.float32)
-            if isinstance(module, ExpertStack) and module.is_transposed:
-                experts, columns, rows = parameter.shape
-                decoded = decoded.view(experts, rows, columns).transpose(1, 2)
-            parameter.copy_(decoded.view(parameter.shape))
-    return original
 
 
 OTHERS = {
@@ -96,13 +70,13 @@ def test_model_equals_transformers(
     """From files of one tensor an expert: the logits, and the gradient of the embeddings, which
     comes through the routers too."""
     save_model((MIXTURES | OTHERS)[family], tmp_path)
-    mine = loaded(tmp_path, quant)
+    mine = load(tmp_path, quant=quant).model
     assert "does not use" not in caplog.text
     original = tf.AutoModelForCausalLM.from_pretrained(
         tmp_path, experts_implementation="eager"
     ).eval()
     if quant is not None:
-        with_decoded(original, mine)
+        copy_decoded(mine, original)
     torch.manual_seed(1)
     embedded = torch.randn(2, 12, 64)
     results = []
@@ -161,8 +135,8 @@ def test_each_rank_reads_its_own_rows(family: str, ranks: int, tmp_path: Path) -
     """Across the borders of tensors and experts: together the packed bytes of one process, each
     rank about its share of the files."""
     save_model(MIXTURES[family], tmp_path)
-    (whole,) = run_ranks(load, 1, tmp_path, NF4)
-    parts = run_ranks(load, ranks, tmp_path, NF4)
+    (whole,) = run_ranks(load_share, 1, tmp_path, NF4)
+    parts = run_ranks(load_share, ranks, tmp_path, NF4)
     read_again = 0
     for name, packed in whole.local.items():
         pieces = [part.local[name] for part in parts]

@@ -7,24 +7,27 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.experts import StackPiece
 from dist_peft.model.freezing import (
     _open_packed_pieces,
+    check_base_is_packed,
     compute_packed_share,
     freeze_embeddings,
     is_plain_linear,
 )
+from dist_peft.model.frozen_linear import FrozenLinear, StackPiece
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import make_codec
 from dist_peft.quant.ordered_columns import OrderedColumnsCodec
-from tests.support.loaded_models import IDS, load, logits
-from tests.support.tiny_models import CONFIGS, save_model
+from dist_peft.store.reader import RowReader
+from tests.support.loaded_models import IDS, copy_decoded, load, logits
+from tests.support.tiny_models import CONFIGS, TRANSPOSED, save_model
 
 
 class _Same(nn.Linear):
@@ -67,12 +70,39 @@ def test_falcon_is_packed(tmp_path: Path) -> None:
     assert compute_packed_share(plain) == 0
 
 
-def test_nothing_to_pack_is_refused(tmp_path: Path) -> None:
-    config = tf.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64)
-    save_model(config, tmp_path)
-    with pytest.raises(UserError, match=r"base\.quant packs nothing of .*of class Conv1D"):
-        load(tmp_path, quant=QuantConfig())
-    load(tmp_path)  # unquantized it is a base like others
+@pytest.mark.parametrize("family", TRANSPOSED)
+def test_conv1d_is_packed(family: str, tmp_path: Path) -> None:
+    """Its rows are columns in the files, of which a rank reads its own."""
+    original = save_model(TRANSPOSED[family], tmp_path)
+    plain = load(tmp_path)
+    expected = logits(original, input_ids=IDS)
+    torch.testing.assert_close(logits(plain.model, input_ids=IDS), expected, rtol=0, atol=1e-6)
+    packed = load(tmp_path, quant=QuantConfig(kind="int", bits=4, group_size=32)).model
+    copy_decoded(packed, original)
+    torch.testing.assert_close(
+        logits(packed, input_ids=IDS), logits(original, input_ids=IDS), rtol=1e-5, atol=1e-5
+    )
+    linear = packed.get_submodule("transformer.h.1.attn.c_attn")
+    assert isinstance(linear, FrozenLinear) and linear.packed.shape[0] == 192
+    whole = load_file(tmp_path / "model.safetensors")[linear.source].T
+    with RowReader(plain.index) as reader:
+        for span in (Span(0, 192), Span(7, 101), Span(192, 192)):
+            before = reader.bytes_read
+            assert torch.equal(linear.read_packed_rows(reader, span), whole[span.slice])
+            assert reader.bytes_read - before == 4 * 64 * len(span)
+
+
+class _Kernel(nn.Module):
+    """Matrices that are no linear's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(3, 4))
+
+
+def test_nothing_to_pack_is_refused() -> None:
+    with pytest.raises(UserError, match=r"base\.quant packs nothing of DIR: .*of class _Kernel"):
+        check_base_is_packed(_Kernel(), [_Kernel()], "DIR")
 
 
 def test_share_by_hand(tmp_path: Path) -> None:

@@ -4,12 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dist_peft.adapters.full.method import _make_master_parameter
 from dist_peft.core.errors import UserError
-from tests.support.loaded_models import load, logits
-from tests.support.tiny_models import JOINED, save_model
+from dist_peft.core.span import Span
+from dist_peft.export.base_weights import list_base_weights
+from dist_peft.model.frozen_linear import FrozenLinear, describe_stored_otherwise
+from dist_peft.store.reader import RowReader
+from tests.support.loaded_models import IDS, load, logits
+from tests.support.tiny_models import CONVERTED, JOINED, save_model
 
 pytestmark = pytest.mark.skipif("olmo_hybrid" not in JOINED, reason="transformers has no such type")
 
@@ -70,3 +76,24 @@ def test_a_joined_weight_in_the_files_stays_one(tmp_path: Path) -> None:
     ids = torch.arange(3, 20)[None]
     assert torch.equal(logits(loaded.model, input_ids=ids), logits(original, input_ids=ids))
     assert not [name for name, _ in loaded.model.named_parameters() if "_part_" in name]
+
+
+@pytest.mark.skipif("minimax_m3_vl" not in CONVERTED, reason="transformers has no such type")
+def test_a_linear_in_two_tensors(tmp_path: Path) -> None:
+    """Its rows are read from both, across their border; trained or not, it is one linear."""
+    original = save_model(CONVERTED["minimax_m3_vl"], tmp_path, auto=tf.AutoModelForImageTextToText)
+    loaded = load(tmp_path)
+    assert torch.equal(logits(loaded.model, input_ids=IDS), logits(original, input_ids=IDS))
+    path = "model.language_model.layers.1.mlp.shared_experts.gate_up_proj"
+    linear = loaded.model.get_submodule(path)
+    assert isinstance(linear, FrozenLinear) and [len(p.span) for p in linear.pieces] == [40, 40]
+    whole = original.get_parameter(f"{path}.weight").detach()
+    with RowReader(loaded.index) as reader:
+        for span in (Span(0, 80), Span(31, 52), Span(70, 70)):
+            assert torch.equal(linear.read_packed_rows(reader, span), whole[span.slice])
+    weights = [w for w in list_base_weights(loaded) if w.linear is linear]
+    assert [w.span_in_linear(Span(0, w.num_rows)) for w in weights] == [Span(0, 40), Span(40, 80)]
+    with pytest.raises(UserError, match="would learn, but the files have it as several tensors"):
+        _make_master_parameter(path, linear, "packed")
+    reason = describe_stored_otherwise(loaded.model)
+    assert reason is not None and "several tensors in its files" in reason

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.experts import ExpertStack, StackPiece
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenLinear, StackPiece
 from dist_peft.model.panel_encoding import (
     LOAD_MEMORY,
     PanelEncoder,

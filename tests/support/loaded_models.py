@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.engine.single import SingleEngine
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenWeight
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.store.reader import RowReader
@@ -23,6 +25,23 @@ def load(directory: Path, **changes: Any) -> Skeleton:
     with RowReader(skeleton.index) as reader:
         load_model(skeleton.model, reader, engine, CPU)
     return skeleton
+
+
+@torch.no_grad()
+def copy_decoded(mine: nn.Module, original: nn.Module) -> None:
+    """Give ``original``, of ``transformers``, the weights that ``mine`` decodes."""
+    for path, module in mine.named_modules():
+        if not isinstance(module, FrozenWeight):
+            continue
+        name = path if isinstance(module, ExpertStack) else f"{path}.weight"
+        parameter = original.get_parameter(name)
+        decoded = module.dequantize_weight(torch.float32).view(
+            -1, module.rows_each, module.in_features
+        )
+        if module.is_transposed:
+            decoded = decoded.transpose(1, 2)
+        flat = decoded.reshape(-1, parameter.shape[-1])  # of the experts that have weights
+        parameter.view(-1, parameter.shape[-1])[: len(flat)] = flat
 
 
 def logits(model: Any, **inputs: Tensor) -> Tensor:

@@ -69,6 +69,15 @@ CONFIGS = Configurations(
 )
 """One configuration a family; sliding windows are short enough to matter."""
 
+_GPT = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+TRANSPOSED = Configurations(
+    {
+        "gpt2": tf.GPT2Config(**_GPT, n_inner=104, bos_token_id=1, eos_token_id=2),
+        "openai-gpt": tf.OpenAIGPTConfig(**_GPT),
+    }
+)
+"""Families whose blocks are made of ``Conv1D``, weights ``[in, out]``."""
+
 OUTER = Configurations(
     {
         "gemma3": tf.Gemma3Config(
@@ -136,6 +145,119 @@ MIXTURES = Configurations(
     }
 )
 """Mixtures of experts; numbers of rows that ranks do not share evenly."""
+
+
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dbrx": (
+        "DbrxConfig",
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "vocab_size": 97,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 104, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
+    "jetmoe": (
+        "JetMoeConfig",
+        {
+            **_COMMON,
+            "num_key_value_heads": 2,
+            "kv_channels": 16,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        {
+            **_COMMON,
+            "num_layers": 2,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 3,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "head_dim": 16,
+        },
+    ),
+    "inkling_text": (
+        "InklingTextConfig",
+        {
+            **_GROUPED,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 3,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 2,
+        },
+    ),
+}
+_CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "minimax_m3_vl": (
+        "MiniMaxM3VLConfig",
+        {
+            "text_config": {
+                **_GROUPED,
+                "model_type": "minimax_m3_vl_text",
+                "dense_intermediate_size": 96,
+                "shared_intermediate_size": 40,
+                "num_local_experts": 3,
+                "num_experts_per_tok": 2,
+                "rotary_dim": 16,
+                "index_n_heads": 2,
+                "index_head_dim": 32,
+                "mlp_layer_types": ["sparse", "sparse"],
+                "layer_types": ["full_attention", "full_attention"],
+            },
+            "vision_config": {
+                "model_type": "minimax_m3_vl_vision",
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        },
+    ),
+    "inkling2_text": (
+        "Inkling2TextConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            **{f"{kind}num_attention_heads": 4 for kind in ("", "swa_")},
+            **{f"{kind}num_key_value_heads": 2 for kind in ("", "swa_")},
+            **{f"{kind}head_dim": 16 for kind in ("", "swa_")},
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 3,
+            "num_experts_per_tok": 2,
+            "unpadded_vocab_size": 97,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    ),
+}
+CONVERTED = {
+    name: getattr(tf, kind)(**settings)
+    for name, (kind, settings) in _CONVERTED.items()
+    if hasattr(tf, kind)
+}
+"""Families whose files have gate and up otherwise than the model, as far as they are known."""
+
+VARIANTS = {
+    name: getattr(tf, kind)(**settings)
+    for name, (kind, settings) in _VARIANTS.items()
+    if hasattr(tf, kind)
+}
+"""Mixtures of experts that compute in a way of their own, as far as they are known."""
 
 
 def save_model(

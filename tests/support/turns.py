@@ -46,6 +46,7 @@ ALTERNATE_FILES = (
         "app/sweep/test_sweep_run.py",
         "app/test_adalora.py",
         "app/test_classification.py",
+        "app/test_conv1d.py",
         "app/test_full.py",
         "app/test_fusion.py",
         "app/test_ia3.py",

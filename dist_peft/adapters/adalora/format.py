@@ -63,7 +63,6 @@ def parse_adalora_tensors(public: PublicAdapter) -> dict[str, ProductDelta]:
         public,
         ("lora_A", "lora_E", "lora_B"),
         "AdaLoRA",
-        unsupported=("fan_in_fan_out",),
         may_be_empty=True,
     )
     first, alpha = _read_rank_and_alpha(config)

@@ -24,6 +24,7 @@ from dist_peft.adapters.adalora.format import build_public_adalora
 from dist_peft.adapters.adalora.layer import RANK_EPSILON, AdaLoraLinear, OrthogonalityPenalty
 from dist_peft.adapters.low_rank.method import LinearsAdapter
 from dist_peft.adapters.low_rank.module import LowRankSpec
+from dist_peft.adapters.peft_tensors import mark_transposed
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.step_hooks import ImportanceRule, ParameterAccess
 from dist_peft.core.config.run import AdaLoraConfig
@@ -43,6 +44,8 @@ class _StepCounter:
 
 class AdaLoraAdapter(LinearsAdapter[AdaLoraConfig, AdaLoraLinear]):
     """AdaLoRA on linears."""
+
+    takes_transposed = True
 
     def __init__(self, config: AdaLoraConfig, *, seed: int, arithmetic: torch.dtype) -> None:
         super().__init__(config, seed=seed, arithmetic=arithmetic)
@@ -138,6 +141,7 @@ class AdaLoraAdapter(LinearsAdapter[AdaLoraConfig, AdaLoraLinear]):
         """PEFT's form. See ``Adapter`` and ``adapters.adalora.format``."""
         total = 0 if self.schedule is None else self.schedule.total_steps
         modules = self._collect_gathered(tensors)
-        return build_public_adalora(
+        public = build_public_adalora(
             self.config, modules, self._list_adapted_names(), base, total_steps=total
         )
+        return mark_transposed(public, self.layers.values())

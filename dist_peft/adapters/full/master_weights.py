@@ -73,7 +73,8 @@ class MasterWeightLinear(nn.Module):
     """``y = x W^T + b`` with a trainable plain ``W``, in place of a frozen linear.
 
     Args:
-        weight: ``[out, in]`` float32; may be shared with an embedding.
+        weight: ``[out, in]`` float32; may be shared with an embedding. ``[in, out]``, as in the
+            files, where ``is_transposed``.
         bias: ``[out]``, or None.
         learning: settings of the trainable rows; a bias that it does not name stays frozen.
 
@@ -90,16 +91,18 @@ class MasterWeightLinear(nn.Module):
         bias: nn.Parameter | None,
         learning: TrainableSpec,
         checkpoint_names: dict[str, str],
+        is_transposed: bool = False,
     ) -> None:
         super().__init__()
         self.weight, self.bias, self.learning = weight, bias, learning
-        self.checkpoint_names = checkpoint_names
-        self.out_features, self.in_features = weight.shape
+        self.checkpoint_names, self.is_transposed = checkpoint_names, is_transposed
+        self.out_features, self.in_features = weight.shape[:: -1 if is_transposed else 1]
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of ``x``."""
         how = self.learning
-        y = _linear_with_cast(x.to(how.arithmetic), how.cast_when_trainable(self, "weight"))
+        weight = how.cast_when_trainable(self, "weight")
+        y = _linear_with_cast(x.to(how.arithmetic), weight, self.is_transposed)
         if self.bias is not None:
             y = y + how.cast_when_trainable(self, "bias").to(y.dtype)
         return y.to(x.dtype)
@@ -175,11 +178,11 @@ def _cast_tensors(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if floats else value
 
 
-def _linear_with_cast(x: Tensor, weight: Tensor) -> Tensor:
-    """``x W^T`` in the type of ``x``."""
+def _linear_with_cast(x: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
+    """``x W^T`` in the type of ``x``; ``weight`` is ``W`` or ``W^T``."""
     if weight.dtype == x.dtype:
-        return functional.linear(x, weight)
-    y: Tensor = _CastLinear.apply(x, weight)
+        return functional.linear(x, weight.T if is_transposed else weight)
+    y: Tensor = _CastLinear.apply(x, weight, is_transposed)
     return y
 
 
@@ -187,20 +190,22 @@ class _CastLinear(torch.autograd.Function):
     """Keeps the weight object, since engines free and refill it (see ``quant.frozen_matmul``)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
+        ctx.weight, ctx.is_transposed = weight, is_transposed
         ctx.save_for_backward(x)
-        return matmul_fp32_accumulate(functional.linear, x, weight.to(x.dtype))
+        cast = weight.to(x.dtype)
+        return matmul_fp32_accumulate(functional.linear, x, cast.T if is_transposed else cast)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,), (x,) = grads, ctx.saved_tensors
         dx, dw = None, None
         if ctx.needs_input_grad[0]:
-            dx = matmul_fp32_accumulate(torch.matmul, grad, ctx.weight.to(grad.dtype))
+            cast = ctx.weight.to(grad.dtype)
+            dx = matmul_fp32_accumulate(torch.matmul, grad, cast.T if ctx.is_transposed else cast)
         if ctx.needs_input_grad[1]:
-            dw = matmul_fp32_accumulate(
-                torch.matmul, grad.flatten(0, -2).T, x.flatten(0, -2)
-            ).float()
-        return dx, dw
+            rows, columns = grad.flatten(0, -2), x.flatten(0, -2)
+            left, right = (columns, rows) if ctx.is_transposed else (rows, columns)
+            dw = matmul_fp32_accumulate(torch.matmul, left.T, right).float()
+        return dx, dw, None

@@ -97,7 +97,8 @@ class PartialAdapter(AdapterDefaults):
             bias = cast(nn.Parameter | None, masters.get("bias", module.bias))
             names = cast(dict[str, str], module.checkpoint_names)
             names = {_to_base_name(name): source for name, source in names.items()}
-            linear = MasterWeightLinear(masters["weight"], bias, learning, names)
+            turned = isinstance(module, FrozenLinear) and module.is_transposed
+            linear = MasterWeightLinear(masters["weight"], bias, learning, names, turned)
             parent, _, own = path.rpartition(".")
             setattr(model.get_submodule(parent), own, linear)
             return
@@ -153,7 +154,13 @@ def _make_master_parameter(path: str, module: nn.Module, name: str) -> nn.Parame
                 f"{path} would learn, but it comes quantized from base.path; give the unquantized "
                 "base, or take it out of adapter.parts and adapter.last_blocks"
             )
+        if module.pieces:
+            raise UserError(
+                f"{path} would learn, but the files have it as several tensors, such as "
+                f"{module.source}; choose adapter.parts without it, or adapter.kind lora"
+            )
         shape = (module.out_features, module.in_features)
+        shape = shape[::-1] if module.is_transposed else shape
     return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=parameter.device))
 
 

@@ -105,7 +105,7 @@ def read_rescalings(public: PublicAdapter) -> dict[str, Rescaling]:
         UserError: a tensor is empty, of another method or shape, or the adapter holds more than
             rescaling vectors of linears.
     """
-    modules = group_peft_tensors(public, ("ia3_l",), "IA3", unsupported=("fan_in_fan_out",))
+    modules = group_peft_tensors(public, ("ia3_l",), "IA3")
     return {
         path: _read_rescaling(f"{MODULE_PREFIX}{path}.ia3_l", path, own["ia3_l"], public.config)
         for path, own in modules.items()

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.ia3.format import public_ia3
 from dist_peft.adapters.ia3.layer import Ia3Linear
+from dist_peft.adapters.peft_tensors import mark_transposed
 from dist_peft.adapters.protocol import (
     AdapterDefaults,
     ExportLimits,
@@ -88,7 +89,8 @@ class Ia3Adapter(AdapterDefaults):
         )
         vectors = {path: own["ia3_l"] for path, own in whole.items()}
         feedforward = {path for path, layer in self.layers.items() if layer.rescales_input}
-        return public_ia3(vectors, feedforward, self._all_names, base)
+        public = public_ia3(vectors, feedforward, self._all_names, base)
+        return mark_transposed(public, self.layers.values())
 
 
 def _is_or_ends_with(name: str, entry: str) -> bool:

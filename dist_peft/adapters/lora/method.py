@@ -30,6 +30,7 @@ from dist_peft.adapters.lora.through_quantizer import (
     update_rows,
 )
 from dist_peft.adapters.low_rank.method import LowRankAdapter
+from dist_peft.adapters.peft_tensors import mark_transposed
 from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
 from dist_peft.adapters.step_hooks import ParameterAccess
 from dist_peft.core.config.run import LoraConfig
@@ -258,7 +259,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         if self.config.init == "eva" and self.config.init_rho > 1:
             modules, ranks = drop_unused_ranks(modules)
         unused = [name for name, rank in ranks.items() if not rank]
-        return build_public_lora(
+        public = build_public_lora(
             self.config,
             modules,
             self._list_adapted_names(leave_out=[*stacks, *weights, *unused]),
@@ -266,6 +267,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             list_target_parameters(parameters, others),
             {name: rank for name, rank in ranks.items() if rank},
         )
+        return mark_transposed(public, self.layers.values())
 
     def _list_weight_initialized(self) -> list[str]:
         """Linears that ``target_modules`` of PEFT cannot name (see

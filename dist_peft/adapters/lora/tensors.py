@@ -36,7 +36,6 @@ _SUFFIXES = {
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "lora_bias",

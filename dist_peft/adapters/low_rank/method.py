@@ -3,7 +3,7 @@ parameters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class LinearsAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
         layers: the wrappers by path, once attached.
         position: step and samples that seed the dropout masks.
     """
+
+    takes_transposed: ClassVar[bool] = False
+    """Whether PEFT applies the method to weights that are stored transposed (``Conv1D``)."""
 
     def __init__(self, config: Config, *, seed: int, arithmetic: torch.dtype) -> None:
         self.config, self.seed, self.arithmetic = config, seed, arithmetic
@@ -80,6 +83,11 @@ class LinearsAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
                 "or use adapter.kind lora"
             )
         assert isinstance(module, FrozenLinear)
+        if module.is_transposed and not self.takes_transposed:
+            raise UserError(
+                f"adapter.kind {self.config.kind} is not for weights stored transposed (Conv1D) "
+                f"such as {name}; use adapter.kind lora"
+            )
         return module
 
     def _build_dropout(self, name: str) -> SampleDropout:

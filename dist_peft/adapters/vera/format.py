@@ -99,7 +99,6 @@ class VeraMerger(DeltaMerger):
             public,
             ("vera_lambda_b", "vera_lambda_d"),
             "VeRA",
-            unsupported=("fan_in_fan_out",),
             whole_adapter=_PAIR,
         )
         if config.get("bias", "none") != "none":

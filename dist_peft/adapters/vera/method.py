@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.method import LinearsAdapter
 from dist_peft.adapters.low_rank.module import LowRankSpec
+from dist_peft.adapters.peft_tensors import mark_transposed
 from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
 from dist_peft.adapters.vera.format import build_public_vera
 from dist_peft.adapters.vera.layer import VeraLinear
@@ -17,6 +18,8 @@ __all__ = ["VeraAdapter"]
 
 class VeraAdapter(LinearsAdapter[VeraConfig, VeraLinear]):
     """VeRA on linears."""
+
+    takes_transposed = True
 
     def _prepare_targets(self, names: Sequence[str], model: nn.Module) -> None:
         linears = [self._require_linear(name, model.get_submodule(name)) for name in names]
@@ -44,10 +47,11 @@ class VeraAdapter(LinearsAdapter[VeraConfig, VeraLinear]):
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """PEFT's form. See ``Adapter`` and ``adapters.vera.format``."""
         config, pair = self.config, self._projections
-        return build_public_vera(
+        public = build_public_vera(
             config,
             self._collect_gathered(tensors),
             (pair.A.cpu(), pair.B.cpu()) if config.save_projection else None,
             self._list_adapted_names(),
             base,
         )
+        return mark_transposed(public, self.layers.values())

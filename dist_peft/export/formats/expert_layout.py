@@ -104,7 +104,7 @@ class ExpertLayout:
 def _can_be_separate(model: Any) -> bool:
     """Return whether each expert is a tensor in the files, or has the name of one."""
     return all(
-        len(stack.pieces) >= stack.experts
+        (len(stack.pieces) >= stack.experts and not stack.limit)
         or list_expert_names(model, path, stack.experts, stack.out_features) is not None
         for path, stack in model.named_modules()
         if isinstance(stack, ExpertStack)

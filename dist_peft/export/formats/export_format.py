@@ -35,6 +35,7 @@ from dist_peft.export.rounding_floor import RoundingFloor
 from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.export.verify_formats import Consumer, ConsumerRequest
+from dist_peft.model.frozen_linear import describe_stored_otherwise
 from dist_peft.model.model_files import copy_model_files, list_model_files
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 from dist_peft.quant.codec import Codec, make_codec
@@ -301,6 +302,8 @@ class PackedExport(ExportFormat):
             return f"the base is a mixture of experts: {reason}"
         if run.config.base.head == "classifier" and self.classifier_limit:
             return f"the format is for language models: {self.classifier_limit}"
+        if reason := _find_linear_obstacle(run.skeleton):
+            return reason
         return self.find_packing_obstacle(run, options)
 
     def find_packing_obstacle(self, run: PlannedExport, options: Options) -> str | None:
@@ -338,6 +341,8 @@ class PackedExport(ExportFormat):
         list_model_files(job.directory, code=code)  # fail before the export
         with publish_directory(job.out) as out:
             with job.open_weights(state) as walk:
+                if reason := _find_linear_obstacle(walk.skeleton):
+                    raise UserError(f"{job.directory} is not written as {self.name}: {reason}")
                 self.experts.prepare_weights(walk, packer)
                 written = write_model_directory(walk, packer, out, dtype, compute=job.compute_dtype)
                 packing = packer.make_config(walk, list(written.unpacked))
@@ -357,3 +362,10 @@ class PackedExport(ExportFormat):
             else:
                 write_adapter_copy(job.adapter_dir, out, base=job.out)
         return ExportResult(written, job.out, how, exact)
+
+
+def _find_linear_obstacle(skeleton: Skeleton) -> str | None:
+    """Return why the base's linears have no packed form; None: they have."""
+    if reason := describe_stored_otherwise(skeleton.model):
+        return f"{reason}, and packed forms are written of linears; merge the run (hf-bf16)"
+    return None

@@ -185,6 +185,8 @@ class Mxfp4Export(TwoLayoutsExport):
 def _find_stack_obstacle(stacks: list[ExpertStack]) -> str | None:
     """Return why experts have neither of the two layouts; None: they have one, or there are
     none."""
+    if limit := next((stack.limit for stack in stacks if stack.limit), ""):
+        return limit
     if any(len(stack.pieces) < stack.experts and not stack.is_transposed for stack in stacks):
         return (
             "its experts are stacked in the files and not as gpt-oss has them; write the base with "

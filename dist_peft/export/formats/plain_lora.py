@@ -19,6 +19,7 @@ from dist_peft.adapters.qalora.format import expand_to_plain_lora
 from dist_peft.core.config.run import AdapterConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import describe_stored_otherwise
 
 __all__ = ["LinearFactors", "find_plain_lora_obstacle", "read_plain_lora"]
 
@@ -50,6 +51,8 @@ def find_plain_lora_obstacle(config: AdapterConfig, model: nn.Module) -> str | N
             return f"the format holds LoRA of linears alone, without adapter.{key}"
     if any(isinstance(module, ExpertStack) for module in model.modules()):
         return "the base is a mixture of experts"
+    if reason := describe_stored_otherwise(model):
+        return f"{reason}; use --format peft"
     return None
 
 

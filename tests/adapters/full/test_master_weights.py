@@ -28,14 +28,21 @@ def linear(
     return MasterWeightLinear(weight, bias, TrainableSpec(steps, arithmetic), {})
 
 
-def test_linear_computes_with_the_rounded_copy() -> None:
-    """In bfloat16, with float32 gradients, as a plain linear of the rounded weights."""
+@pytest.mark.parametrize("turned", [False, True])
+def test_linear_computes_with_the_rounded_copy(turned: bool) -> None:
+    """In bfloat16, with float32 gradients, as a plain linear of the rounded weights; or with the
+    weight transposed."""
     module, x = linear(BF16), random(2, 3, 4, seed=2).to(BF16).requires_grad_()
+    straight = module
+    if turned:
+        weight = nn.Parameter(straight.weight.data.T.contiguous())
+        module = MasterWeightLinear(weight, straight.bias, straight.learning, {}, True)
+        assert (module.out_features, module.in_features) == (5, 4)
     y = module(x)
     assert y.dtype == BF16
     assert module.bias is not None
     plain = nn.Linear(4, 5)
-    plain.weight.data = module.weight.data.to(BF16).float()
+    plain.weight.data = straight.weight.data.to(BF16).float()
     plain.bias.data = module.bias.data.to(BF16).float()
     x32 = x.detach().float().requires_grad_()
     expected = plain(x32)
@@ -47,7 +54,8 @@ def test_linear_computes_with_the_rounded_copy() -> None:
     torch.testing.assert_close(x.grad.float(), x32.grad, rtol=1e-2, atol=1e-2)
     for mine, its in zip(module.parameters(), plain.parameters(), strict=True):
         assert mine.grad is not None and mine.grad.dtype == torch.float32
-        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-2, atol=2e-2)
+        grad = mine.grad.T if turned and mine is module.weight else mine.grad
+        torch.testing.assert_close(grad, its.grad, rtol=1e-2, atol=2e-2)
 
 
 def test_linear_waits_with_the_master_and_not_with_a_copy() -> None:

@@ -19,7 +19,7 @@ from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.store.reader import RowReader
-from tests.support.tiny_models import CONFIGS, save_model
+from tests.support.tiny_models import CONFIGS, TRANSPOSED, save_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -51,9 +51,9 @@ def loss_of(model: nn.Module) -> Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, "gpt2"])
 def test_full_has_the_gradients_of_the_model_itself(family: str, tmp_path: Path) -> None:
-    original = save_model(CONFIGS[family], tmp_path)
+    original = save_model((CONFIGS | TRANSPOSED)[family], tmp_path)
     model, adapter = load(tmp_path, FullConfig())
     assert isinstance(adapter, TrainsBaseWeights)
     mine, its = trainable_parameters(model), dict(original.named_parameters())

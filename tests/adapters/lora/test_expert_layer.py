@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.core.span import Span
-from dist_peft.model.experts import ExpertStack, FrozenExperts, ScaledInputExperts
+from dist_peft.model.expert_variants import ScaledInputExperts
+from dist_peft.model.experts import ExpertStack, FrozenExperts
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant.codec import RawCodec
 from dist_peft.quant.grouped_matmul import RowGroups

@@ -65,7 +65,7 @@ def public(changes: dict[str, Any], tensors: dict[str, Any]) -> PublicAdapter:
         ({}, {f"{PATH}.vera_lambda_b": None}, "vera_lambda_b is absent"),
         ({"r": "2"}, {}, "no usable r and projection_prng_key: '2'"),
         ({"bias": "all"}, {}, "trained with bias"),
-        ({"fan_in_fan_out": True}, {}, "trained with fan_in_fan_out"),
+        ({"modules_to_save": ["x"]}, {}, "trained with modules_to_save"),
     ],
 )
 def test_damaged_adapters_are_refused(
