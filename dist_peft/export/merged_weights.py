@@ -46,6 +46,7 @@ from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.affine import AffineParts, dequantize_affine_parts
+from dist_peft.quant.codec_defaults import OrderedRows
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.holding_reader import HoldingReader
 from dist_peft.store.reader import RowReader
@@ -241,12 +242,17 @@ class MergedWeights:
             rows = linear.codec.dequantize_rows(packed, linear.in_features, torch.float32)
         return rows == 0
 
+    def find_column_order(self, weight: BaseWeight) -> OrderedRows | None:
+        """Return the order of a weight's columns where its codes are kept (act-order)."""
+        kept = self.state in _PACKED_STATES and weight.is_block_linear and weight.codec
+        return weight.codec.ordered_rows if kept and weight.codec else None
+
     def read_affine_parts(self, weight: BaseWeight, span: Span) -> AffineParts:
-        """Return codes, scales and float32 zeros of a linear's rows on an integer base."""
-        assert weight.codec is not None and weight.codec.affine_rows is not None
-        parts = weight.codec.affine_rows.split_packed_rows(
-            self.read_packed_rows(weight, span), weight.num_columns
-        )
+        """Return codes, scales and float32 zeros of a linear's rows on an integer base; codes in
+        the weight's order of columns, groups in that of ``find_column_order``."""
+        rows = self.find_column_order(weight) or (weight.codec and weight.codec.affine_rows)
+        assert rows
+        parts = rows.split_packed_rows(self.read_packed_rows(weight, span), weight.num_columns)
         parts = parts._replace(zero=parts.zero.float())
         if self.state == "codes" and self.is_adapted(weight):
             return self._merger.merge_affine_parts(weight.path, parts, span)

@@ -17,7 +17,7 @@ from dist_peft.export.verify_formats import (
     TransformersConsumer,
 )
 
-__all__ = ["patch_bitsandbytes_layers", "verify_with_bitsandbytes"]
+__all__ = ["dequantize_int8_linears", "patch_bitsandbytes_layers", "verify_with_bitsandbytes"]
 
 _PLAIN_MARGIN = 0.05
 """Tolerance for a consumer's kernels against the stored weights, relative to the change by
@@ -88,6 +88,24 @@ def patch_bitsandbytes_layers(model: nn.Module) -> bool:
             model.set_submodule(name, dense)
             changed = True
     return changed
+
+
+def dequantize_int8_linears(model: nn.Module) -> str:
+    """Replace linears of LLM.int8 by dense ones with the stored weights; return a note."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+    from bitsandbytes.nn import Linear8bitLt
+
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Linear8bitLt):
+            continue
+        packed: Any = module.weight
+        scales: Any = packed.SCB if packed.SCB is not None else module.state.SCB
+        dense = nn.Linear(module.in_features, module.out_features, device="meta")
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        weight = int8_vectorwise_dequant(packed.data, scales).to(dtype)
+        dense.weight, dense.bias = nn.Parameter(weight), module.bias
+        model.set_submodule(name, dense)
+    return ", activations not rounded"
 
 
 def _patch_and_note(model: Any) -> str:

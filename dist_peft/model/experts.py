@@ -61,6 +61,11 @@ class StoredPieces:
         """Codec of the rows, the same of all weights."""
         return self.parts[0][1].codec
 
+    @property
+    def has_middle_zeros(self) -> bool:
+        """Whether all weights are integers without zero points."""
+        return all(weight.has_middle_zeros for _, weight in self.parts)
+
     def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read packed rows ``uint8 [len(span), row_bytes]``; of each weight, those in ``span``."""
         found = [

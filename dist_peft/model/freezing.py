@@ -25,6 +25,7 @@ from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight, Pieces
 from dist_peft.model.naming import TensorNames
 from dist_peft.model.prequantized.base import PrequantizedBase
+from dist_peft.model.prequantized.column_order import share_stack_codec
 from dist_peft.quant.codec import Codec, RawCodec
 
 __all__ = [
@@ -253,24 +254,17 @@ def _open_packed_pieces(
 ) -> StoredPieces | None:
     """Return the reader of a stack's rows in a prequantized base; None: they are not quantized."""
     opened = [packed.open_linear(piece.name, len(piece.span), columns) for piece in pieces]
-    parts = tuple(
-        (piece.span, linear)
-        for piece, linear in zip(pieces, opened, strict=True)
-        if linear is not None
-    )
-    if not parts:
+    found = share_stack_codec([linear for linear in opened if linear is not None])
+    if not found:
         return None
-    if len(parts) < len(pieces) or len({linear.codec for _, linear in parts}) > 1:
+    if len(found) < len(pieces) or len({linear.codec for linear in found}) > 1:
         plain = next((p.name for p, one in zip(pieces, opened, strict=True) if one is None), None)
         why = f": {plain} is not quantized" if plain else ""
-        alike = len({linear.codec.describe_storage() for _, linear in parts}) == 1
-        if not plain and alike:  # only the orders of their columns differ
-            why = ": each has an order of columns of its own (act-order), and a stack has one"
         raise UserError(
             f"{packed.format_label}: the experts next to {pieces[0].name} are not all stored alike"
             f"{why}; give the unquantized base"
         )
-    return StoredPieces(parts)
+    return StoredPieces(tuple((p.span, one) for p, one in zip(pieces, found, strict=True)))
 
 
 def freeze_embeddings(

@@ -55,6 +55,10 @@ class PrequantizedLinear(Protocol):
     def codec(self) -> Codec:
         """Codec of the rows."""
 
+    @property
+    def has_middle_zeros(self) -> bool:
+        """Whether its codes are integers without zero points: all zeros are half of the range."""
+
     def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read rows packed by the linear's codec, ``uint8 [len(span), row_bytes]``."""
 
@@ -301,7 +305,7 @@ class WeightRows:
         try:
             if linear.stored is None:
                 return linear.codec.quantize_to_packed(rows)
-            grid = linear.codec.affine_rows
+            grid = linear.codec.grid_rows
             assert grid is not None, f"{linear.source} is packed already and cannot change"
             return quantize_on_grid(rows, self.held, grid, linear.in_features)
         except ValueError as error:

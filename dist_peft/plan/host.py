@@ -6,11 +6,12 @@ Imports (about 0.6 GiB a process) are not counted.
 from dataclasses import dataclass
 from math import prod
 
-from dist_peft.adapters.lora.through_quantizer import ThroughLinear
+from dist_peft.adapters.lora.through_rows import ThroughRows
 from dist_peft.core.span import row_span
 from dist_peft.export.verify import COMPARED_ELEMENTS
 from dist_peft.export.verify_blocks import MAX_PROBE_TOKENS
 from dist_peft.export.weight_threads import MERGE_MEMORY
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 from dist_peft.model.streamed_weights import PANEL_BYTES
@@ -123,16 +124,22 @@ def _count_kept_rows(skeleton: Skeleton, shards: int) -> tuple[int, int]:
     packed."""
     weights = size = 0
     for layer in skeleton.model.modules():
-        if isinstance(layer, ThroughLinear):
+        if isinstance(layer, ThroughRows):
             base = layer.base
-            known = skeleton.tensors.get(base.source)
+            known = skeleton.tensors.get(_find_first_source(base))
             width = 4 if known is None else min(4, known.dtype.itemsize)
-            rows = len(row_span(base.out_features, shards, 0))
+            rows = len(row_span(len(base.packed), shards, 0))
             kept = base.in_features * width
             if base.stored is not None:
                 kept = base.codec.num_row_bytes(base.in_features)
             weights, size = weights + rows * base.in_features, size + rows * kept
     return weights, size
+
+
+def _find_first_source(weight: FrozenWeight) -> str:
+    """Return the tensor of the files that has a weight's first rows."""
+    pieces = weight.pieces if isinstance(weight, ExpertStack) else ()
+    return pieces[0].name if pieces else weight.source
 
 
 def _count_streamed_bytes(skeleton: Skeleton) -> int:

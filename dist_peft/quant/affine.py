@@ -47,6 +47,7 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import AffineParts, CodecDefaults
 from dist_peft.quant.device_choice import RowLayout, dequantize_on_device, quantize_on_device
 from dist_peft.quant.hqq import optimize_zero_points
+from dist_peft.quant.kept_grid import encode_parts_on_grid
 from dist_peft.quant.kernels import dequantize_affine
 from dist_peft.quant.pack import pack_bits, unpack_bits
 from dist_peft.quant.packed_rows import (
@@ -111,6 +112,20 @@ class AffineCodec(CodecDefaults):
     def affine_rows(self) -> Self:
         """The codec itself."""
         return self
+
+    @property
+    def grid_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    @property
+    def code_bits(self) -> int:
+        """``bits``."""
+        return self.bits
+
+    def encode_on_grid(self, values: Tensor, kept: Tensor, in_features: int) -> Tensor:
+        """Return ``values`` in codes on the scales and zeros of ``kept``."""
+        return encode_parts_on_grid(values, kept, self, in_features)
 
     @property
     def has_integer_zeros(self) -> bool:

@@ -22,8 +22,12 @@ from dist_peft.quant.codec_defaults import (
     AffineRows,
     CodecDefaults,
     Fp8Rows,
+    GridRows,
+    Int8Rows,
     Mxfp4Rows,
     Nf4Rows,
+    Nvfp4Rows,
+    OrderedRows,
 )
 from dist_peft.quant.fp4 import Fp4Codec
 from dist_peft.quant.fp8 import Fp8Codec
@@ -76,6 +80,26 @@ class Codec(Protocol):
     @property
     def mxfp4_rows(self) -> Mxfp4Rows | None:
         """How packed rows are split into MXFP4's codes and exponents; None for other rows."""
+
+    @property
+    def nvfp4_rows(self) -> Nvfp4Rows | None:
+        """How packed rows are split into NVFP4's codes and scales; None for other rows."""
+
+    @property
+    def fp4_rows(self) -> Nf4Rows | None:
+        """How packed rows are split into bitsandbytes' FP4 codes and scales; None for others."""
+
+    @property
+    def int8_rows(self) -> Int8Rows | None:
+        """How packed rows are split into LLM.int8's codes and magnitudes; None for other rows."""
+
+    @property
+    def ordered_rows(self) -> OrderedRows | None:
+        """Order of the columns in groups (act-order); None: that of the weight."""
+
+    @property
+    def grid_rows(self) -> GridRows | None:
+        """How codes are chosen again while scales stay; None: they cannot be."""
 
     def describe_storage(self) -> str:
         """Return type, bits and groups in a few words, for reports."""

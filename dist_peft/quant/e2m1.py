@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import CodecDefaults
 from dist_peft.quant.device_choice import RowLayout, dequantize_on_device
+from dist_peft.quant.kept_grid import encode_nearest_on_grid
 from dist_peft.quant.kernels import dequantize_by_table
 from dist_peft.quant.packed_rows import check_packed_rows
 
@@ -81,6 +82,30 @@ class E2m1Codec(CodecDefaults, ABC):
 
         fused = dequantize_on_device(packed, described, in_features, dtype, by_torch)
         return by_torch(packed) if fused is None else fused
+
+    @property
+    def grid_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    @property
+    def code_bits(self) -> int:
+        """4."""
+        return 4
+
+    def encode_on_grid(self, values: Tensor, kept: Tensor, in_features: int) -> Tensor:
+        """Return ``values`` in codes on the scales of ``kept``."""
+        scale = self.read_statistics(kept, in_features)
+        return encode_nearest_on_grid(
+            values,
+            kept,
+            scale,
+            scale.shape[1] * self.group_size,
+            find_nearest_e2m1,
+            bits=4,
+            group_size=self.group_size,
+            zero_mask=7,
+        )
 
     def _describe_rows(self, in_features: int) -> RowLayout:
         groups = self.count_groups(in_features)

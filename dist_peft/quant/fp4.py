@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import CodecDefaults
+from dist_peft.quant.kept_grid import encode_nearest_on_grid
 from dist_peft.quant.kernels import dequantize_by_table
 from dist_peft.quant.pack import pack_bits
 from dist_peft.quant.packed_rows import (
@@ -101,21 +102,64 @@ class Fp4Codec(CodecDefaults):
             absmax = groups.abs().amax(dim=-1)
             check_finite_statistics(absmax, self.group_size, first_row)
             scaled = groups / torch.where(absmax > 0, absmax, 1.0).unsqueeze(-1)
-            borders = torch.tensor(_BORDERS, device=groups.device)
-            codes = torch.tensor(_BY_SIZE, dtype=torch.uint8, device=groups.device)
-            place = torch.bucketize(scaled.abs(), borders, out_int32=True)
-            code = codes.index_select(0, place.flatten()).view(len(groups), -1)
-            code.add_(((scaled < 0).flatten(1) & (code > 0)).to(torch.uint8), alpha=8)
-            return pack_bits(code, 4, high_first=True), absmax
+            return pack_bits(_find_nearest_level(scaled).flatten(1), 4, high_first=True), absmax
 
         row_bytes = self.num_row_bytes(weight.shape[-1] if weight.dim() else 0)
         return quantize_in_groups(weight, self.group_size, row_bytes, quantize_chunk)
 
+    @property
+    def fp4_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    @property
+    def double_quant(self) -> bool:
+        """False: scales are float32."""
+        return False
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        """Payload ``uint8 [rows, groups * group_size / 2]`` (a view), scales ``[rows, groups]``."""
+        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
+        payload = packed[:, : self.count_groups(in_features) * self.group_size // 2]
+        return payload, self.read_statistics(packed, in_features)
+
+    @property
+    def grid_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    @property
+    def code_bits(self) -> int:
+        """4."""
+        return 4
+
+    def encode_on_grid(self, values: Tensor, kept: Tensor, in_features: int) -> Tensor:
+        """Return ``values`` in codes on the scales of ``kept``."""
+        scale = self.read_statistics(kept, in_features)
+        return encode_nearest_on_grid(
+            values,
+            kept,
+            scale,
+            scale.shape[1] * self.group_size,
+            _find_nearest_level,
+            bits=4,
+            group_size=self.group_size,
+            high_first=True,
+            zero_mask=7,
+        )
+
     def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
-        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
-        absmax = self.read_statistics(packed, in_features)
-        payload = packed[:, : absmax.shape[1] * self.group_size // 2]
+        payload, absmax = self.split_packed_rows(packed, in_features)
         return dequantize_by_table(
             payload, 4, FP4_LEVELS, absmax, in_features, dtype, high_first=True
         )
+
+
+def _find_nearest_level(scaled: Tensor) -> Tensor:
+    """Codes of the levels nearest to float32 values: ``uint8``, same shape; 0 is code 0."""
+    borders = torch.tensor(_BORDERS, device=scaled.device)
+    codes = torch.tensor(_BY_SIZE, dtype=torch.uint8, device=scaled.device)
+    place = torch.bucketize(scaled.abs(), borders, out_int32=True)
+    code = codes.index_select(0, place.flatten()).view(scaled.shape)
+    return code.add_(((scaled < 0) & (code > 0)).to(torch.uint8), alpha=8)

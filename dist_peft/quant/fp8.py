@@ -30,6 +30,7 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import CodecDefaults
 from dist_peft.quant.device_choice import RowLayout, dequantize_on_device
+from dist_peft.quant.kept_grid import encode_nearest_on_grid
 from dist_peft.quant.packed_rows import (
     align_to_4_bytes,
     check_finite_statistics,
@@ -105,8 +106,7 @@ class Fp8Codec(CodecDefaults):
             check_finite_statistics(absmax, self.group_size, first_row)
             scale = divide_exactly(absmax, _LARGEST).clamp_(min=_SMALLEST_SCALE)
             scale = torch.where(absmax > 0, scale, 1.0)
-            scaled = (groups / scale.unsqueeze(-1)).clamp_(-_LARGEST, _LARGEST)
-            codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).flatten(1)[:, :in_features]
+            codes = _round_to_codes(groups / scale.unsqueeze(-1)).flatten(1)[:, :in_features]
             return codes, codes.new_zeros(len(codes), pad), scale
 
         # a group is no longer than the row: it would only be padded with zeros
@@ -155,6 +155,30 @@ class Fp8Codec(CodecDefaults):
         scale = self.read_statistics(packed, in_features)
         return packed[:, :in_features].view(torch.float8_e4m3fn), scale
 
+    @property
+    def grid_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    @property
+    def code_bits(self) -> int:
+        """8."""
+        return 8
+
+    def encode_on_grid(self, values: Tensor, kept: Tensor, in_features: int) -> Tensor:
+        """Return ``values`` in codes on the scales of ``kept``."""
+        scale = self.read_statistics(kept, in_features)
+        return encode_nearest_on_grid(
+            values,
+            kept,
+            scale,
+            in_features,
+            _round_to_codes,
+            bits=8,
+            zero_mask=0x7F,
+            group_size=self.group_size,
+        )
+
     def _describe_rows(self, in_features: int) -> RowLayout:
         return RowLayout(
             bits=8,
@@ -189,3 +213,8 @@ class Fp8Codec(CodecDefaults):
         packed = torch.cat((stored, pad, view_as_bytes(scale.float())), 1)
         check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
         return packed
+
+
+def _round_to_codes(scaled: Tensor) -> Tensor:
+    """The nearest E4M3 numbers of float32 values, which are written to: ``uint8``, same shape."""
+    return scaled.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)

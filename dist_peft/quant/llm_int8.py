@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import CodecDefaults
+from dist_peft.quant.kept_grid import encode_nearest_on_grid
 from dist_peft.quant.packed_rows import (
     align_to_4_bytes,
     check_finite_statistics,
@@ -78,12 +79,44 @@ class LlmInt8Codec(CodecDefaults):
             absmax = groups.abs().amax(dim=-1)
             check_finite_statistics(absmax, in_features, first_row)
             factor = torch.where(absmax > 0, 127.0 / absmax.double(), 0.0).float()
-            codes = (groups * factor.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
-            codes = codes.view(torch.uint8).flatten(1)[:, :in_features]
+            codes = _round_to_bytes(groups * factor.unsqueeze(-1)).flatten(1)[:, :in_features]
             return codes, codes.new_zeros(len(codes), pad), absmax
 
         size = align_to_4_bytes(in_features) or 4
         return quantize_in_groups(weight, size, self.num_row_bytes(in_features), quantize_chunk)
+
+    @property
+    def int8_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        """Codes ``int8 [rows, in]`` (a view) and largest magnitudes ``float32 [rows]``."""
+        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
+        absmax = self.read_statistics(packed, in_features)
+        return packed[:, :in_features].view(torch.int8), absmax.flatten()
+
+    @property
+    def grid_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    @property
+    def code_bits(self) -> int:
+        """8."""
+        return 8
+
+    def encode_on_grid(self, values: Tensor, kept: Tensor, in_features: int) -> Tensor:
+        """Return ``values`` in codes on the magnitudes of ``kept``."""
+        return encode_nearest_on_grid(
+            values,
+            kept,
+            self.read_statistics(kept, in_features) * _INVERSE,
+            in_features,
+            _round_to_bytes,
+            bits=8,
+            group_size=max(1, in_features),
+        )
 
     def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
@@ -97,3 +130,9 @@ class LlmInt8Codec(CodecDefaults):
             numbers = codes[span.slice].float().mul_(absmax[span.slice]).mul_(_INVERSE)
             weight[span.slice] = numbers
         return weight
+
+
+def _round_to_bytes(scaled: Tensor) -> Tensor:
+    """The nearest signed bytes, without -128, of float32 values, which are written to, as
+    ``uint8``, same shape."""
+    return scaled.round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8)

@@ -47,6 +47,7 @@ from dist_peft.quant.device_choice import (
     quantize_on_device,
 )
 from dist_peft.quant.exact_math import exact_sqrt
+from dist_peft.quant.kept_grid import encode_nearest_on_grid
 from dist_peft.quant.kernels import NF4_LEVELS, dequantize_nf4
 from dist_peft.quant.pack import pack_bits
 from dist_peft.quant.packed_rows import (
@@ -118,6 +119,30 @@ class Nf4Codec(CodecDefaults):
     def nf4_rows(self) -> Self:
         """The codec itself."""
         return self
+
+    @property
+    def grid_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    @property
+    def code_bits(self) -> int:
+        """4."""
+        return 4
+
+    def encode_on_grid(self, values: Tensor, kept: Tensor, in_features: int) -> Tensor:
+        """Return ``values`` in codes on the scales of ``kept``."""
+        scale = self.read_statistics(kept, in_features)
+        return encode_nearest_on_grid(
+            values,
+            kept,
+            scale,
+            scale.shape[1] * self.group_size,
+            lambda scaled: _find_nearest_level(scaled.clamp_(-1, 1)),
+            bits=4,
+            group_size=self.group_size,
+            high_first=True,
+        )
 
     def describe_storage(self) -> str:
         """Return kind, bits, group size and double quantization."""

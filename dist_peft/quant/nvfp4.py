@@ -2,7 +2,7 @@
 
 The scales of a row's groups share a factor, since E4M3 alone has too small a range::
 
-    g    = 448 * 6 / max |w| of the row            float32; 1 for a row of zeros
+    g    = the largest power of two up to 448 * 6 / max |w| of the row; 1 for a row of zeros
     s_j  = E4M3(g * a_j / 6)                       a_j = max |w_i| of group j; at least 2**-9
     c_i  = E2M1 level nearest to w_i / (s_j / g), ties to the even code, at most 6
     w'_i = LEVELS[c_i] * (s_j / g)                 a quotient and a product in float32
@@ -16,11 +16,13 @@ Row layout (``groups = ceil(in / 16)``; the row is zero-padded to whole groups):
 
 Files (compressed-tensors ``nvfp4-pack-quantized``) have one ``g`` a tensor, the divisor of scales
 there too; here every row has a copy. Encoding takes a ``g`` for each row, so that rows stand alone.
+As it is a power of two, rows of one tensor can be given a common one by exact products of their
+scales (``export.formats.nvfp4_format``), unless a scale falls out of E4M3's range.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -49,15 +51,31 @@ _LARGEST_FACTOR = 2.0**126
 class Nvfp4Codec(E2m1Codec):
     """The NVFP4 codec, without options. See the module for formula and layout."""
 
+    codec_version: ClassVar[int] = 2  # 1: divisors that are no powers of two
     kind: ClassVar[Literal["nvfp4"]] = "nvfp4"
     group_size: ClassVar[int] = NVFP4_GROUP
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return the scales that decoding uses, ``float32 [rows, groups]``."""
-        groups = self.count_groups(in_features)
-        stored = read_packed_field(packed, groups * NVFP4_GROUP // 2, groups, torch.float8_e4m3fn)
-        factor = read_packed_field(packed, packed.shape[1] - 4, 1, torch.float32)
+        _, stored, factor = self.split_packed_rows(packed, in_features)
         return stored.float() / factor
+
+    @property
+    def nvfp4_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes ``uint8 [rows, groups * 8]``, E4M3 scales ``[rows, groups]`` and divisors
+        ``float32 [rows, 1]``."""
+        groups = self.count_groups(in_features)
+        end = groups * NVFP4_GROUP // 2
+        stored = read_packed_field(packed, end, groups, torch.float8_e4m3fn)
+        return (
+            packed[:, :end],
+            stored,
+            read_packed_field(packed, packed.shape[1] - 4, 1, torch.float32),
+        )
 
     def num_row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
@@ -78,7 +96,9 @@ class Nvfp4Codec(E2m1Codec):
                 return (absmax.new_ones(len(absmax), 1),)
             largest = absmax.amax(1, keepdim=True)
             top = torch.full_like(largest, _LARGEST_SCALE * _LARGEST_LEVEL)
-            factor = torch.where(largest > 0, (top / largest).clamp_(max=_LARGEST_FACTOR), 1.0)
+            exponent = (top / largest).clamp_(max=_LARGEST_FACTOR).frexp()[1]
+            power = torch.ldexp(torch.ones_like(largest), exponent - 1)
+            factor = torch.where(largest > 0, power, 1.0)
             wanted = divide_exactly(absmax * factor, _LARGEST_LEVEL)
             stored = wanted.clamp_(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float8_e4m3fn)
             scale = stored.float() / factor

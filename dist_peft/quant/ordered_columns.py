@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.affine import AffineCodec, AffineParts
 from dist_peft.quant.codec_defaults import CodecDefaults
 from dist_peft.quant.pack import pack_bits, unpack_bits
 from dist_peft.quant.table_cache import cache_tables
@@ -71,6 +71,37 @@ class OrderedColumnsCodec(CodecDefaults):
         payload, bits = in_features * self.inner.bits // 8, self.inner.bits
         codes = unpack_bits(packed[:, :payload].contiguous(), bits)
         return torch.cat((pack_bits(codes[:, order], bits), packed[:, payload:]), 1)
+
+    @property
+    def ordered_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    def list_column_groups(self, packed: Tensor | None = None) -> Tensor:
+        """Return the group of each column of the weight, ``int32 [in]``."""
+        _, positions = _build_orders(self.order, torch.device("cpu"))
+        return (positions // self.inner.group_size).to(torch.int32)
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> AffineParts:
+        """Return codes in the weight's order, scales and zeros of groups."""
+        _, positions = _build_orders(self.order, packed.device)
+        parts = self.inner.split_packed_rows(packed, in_features)
+        return parts._replace(codes=parts.codes[:, positions])
+
+    @property
+    def grid_rows(self) -> Self:
+        """The codec itself."""
+        return self
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code."""
+        return self.inner.bits
+
+    def encode_on_grid(self, values: Tensor, kept: Tensor, in_features: int) -> Tensor:
+        """Return ``values`` in codes on the scales and zeros of ``kept``."""
+        order, _ = _build_orders(self.order, values.device)
+        return self.inner.encode_on_grid(values[:, order], kept, in_features)
 
     def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``, in the weight's order."""

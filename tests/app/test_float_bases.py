@@ -17,6 +17,7 @@ from dist_peft.core.world import World
 from tests.support import packed
 from tests.support.dist import run_ranks
 from tests.support.equality import all_cases, assert_same
+from tests.support.export_runs import mixture
 from tests.support.packed_floats import (
     GPT_OSS,
     save_compressed_fp4,
@@ -73,12 +74,24 @@ def test_merged_models_are_those_that_were_trained(tmp_path: Path) -> None:
     others: dict[str, Callable[[Path, Path], Path]] = {
         "a scale a row": save_compressed_fp8,
         "nvfp4": save_compressed_fp4,
+        "mxfp4": lambda p, o: save_compressed_fp4(p, o, "mxfp4"),
         "act-order": lambda p, o: packed.save_gptq(p, o, act_order=True),
         "llm.int8": lambda p, o: packed.save_bnb(p, o, double_quant=False, kind="int8"),
         "bnb fp4": lambda p, o: packed.save_bnb(p, o, double_quant=True, kind="fp4"),
     }
     for case, save in others.items():
         base = {"path": str(save(plain, tmp_path / case)), "compute_dtype": "float32"}
+        (own := tmp_path / f"{case} run").mkdir()
+        trees[case] = tiny_tree(own, base=base, adapter=ODD)
+    mixed = save_tokenized(mixture("qwen3_moe"), tmp_path / "mixed")
+    stacks: dict[str, Callable[[Path, Path], Path]] = {
+        "experts, act-order": lambda p, o: packed.save_gptq(p, o, act_order=True),
+        "experts, awq": packed.save_awq,
+        "experts, nvfp4": save_compressed_fp4,
+        "experts, bitsandbytes": lambda p, o: packed.save_bnb(p, o, double_quant=True),
+    }
+    for case, save in stacks.items():
+        base = {"path": str(save(mixed, tmp_path / case)), "compute_dtype": "float32"}
         (own := tmp_path / f"{case} run").mkdir()
         trees[case] = tiny_tree(own, base=base, adapter=ODD)
     (own := tmp_path / "through").mkdir()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_peft.adapters.directory import open_adapter_merger
+from dist_peft.adapters.lora.through_experts import ThroughExperts
 from dist_peft.app.cli import main
 from dist_peft.app.finished_run import load_finished_run
 from dist_peft.app.model_setup import build_model, load_training_state, load_weights
@@ -43,7 +44,14 @@ from tests.support.export_runs import (
     VOCABULARY,
     finished_run,
     fork_consumers,
+    mixture,
     save_tokenizer,
+)
+from tests.support.packed_floats import (
+    GPT_OSS,
+    save_compressed_fp4,
+    save_mxfp4,
+    save_tokenized,
 )
 from tests.support.prequantized_models import linears, load
 from tests.support.story_runs import losses, train
@@ -106,8 +114,11 @@ def load_twice(world: World, tree: dict[str, Any], first: Path, second: Path) ->
     if config.engine.kind == "fsdp2":  # A alone: every rank has its own rows of B
         with CommDebugMode() as counted:
             adapter.finish_step(1, EngineParameters(built.model, built.engine))
+        layers = adapter.layers.values()
         pairs = 1 + config.adapter.through_zeros
-        assert counted.get_total_counts() == pairs * len(adapter.layers)
+        # columns of B are those of experts: it is gathered too
+        gathers = [2 if isinstance(layer, ThroughExperts) else pairs for layer in layers]
+        assert counted.get_total_counts() == sum(gathers)
     total = hashlib.sha256()
     for layer in setup.adapter.layers.values():
         # engines gather a parameter that is sharded at rest
@@ -157,6 +168,11 @@ def make_base_trees(root: Path) -> dict[str, dict[str, Any]]:
         base = save(plain, root / name / "packed")
         trees[name]["base"] = {"path": str(base), "compute_dtype": "float32"}
         trees[name]["adapter"]["through_start_share"] = 0.25
+    mixed = save_tokenized(mixture("qwen3_moe"), root / "mixed")
+    trees["experts"] = make_tree(root / "experts", INT3)
+    base = packed.save_gptq(mixed, root / "experts" / "packed", act_order=True)
+    trees["experts"]["base"] = {"path": str(base), "compute_dtype": "float32"}
+    trees["experts"]["adapter"]["through_start_share"] = 0.25
     return trees
 
 
@@ -225,6 +241,23 @@ def test_a_run_cut_on_one_engine_goes_on_on_another(tmp_path: Path) -> None:
         torch.testing.assert_close(
             torch.tensor(losses(tmp_path / name)), torch.tensor(expected), rtol=1e-4, atol=0
         )
+
+
+@pytest.mark.parametrize("gather", ["routed", "tokens"])
+def test_experts_are_trained_however_their_rows_are_gathered(gather: str, tmp_path: Path) -> None:
+    """In act-order, an order each; the experts that tokens chose, or none, as tokens travel."""
+    tree = make_tree(tmp_path, INT3)
+    mixed = save_tokenized(mixture("qwen3_moe"), tmp_path / "mixed")
+    base = packed.save_gptq(mixed, tmp_path / "packed", act_order=True)
+    tree["base"] = {"path": str(base), "compute_dtype": "float32"}
+    tree["adapter"] |= {"through_start": "none", "target_modules": ["gate_up_proj", "down_proj"]}
+    assert train(World(), tree) == 0
+    save = {"dir": str(tmp_path / "ranks"), "every": 0}
+    engine = {"kind": "fsdp2", "gather_experts": gather}
+    run_ranks(train_on_engines, 2, [{**tree, "save": save, "engine": engine}])
+    found, wanted = losses(tmp_path / "ranks"), losses(tmp_path / "run")
+    assert wanted[-1] < wanted[0]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=0)
 
 
 def test_a_start_in_8_bits_is_the_same_on_engines_and_across_a_cut(tmp_path: Path) -> None:
@@ -448,6 +481,30 @@ def test_the_adapter_alone_is_refused_and_stamped(
     assert export(run, tmp_path / "out", "hf-bf16") == 2
     assert "restore adapter.through_quantizer" in capsys.readouterr().err
     (run / "config.yaml").write_text(text)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_floats_of_a_packed_base_are_trained_and_written_in_their_own_format(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linears in NVFP4, which the library decompresses to bfloat16, and gpt-oss' experts, by whole
+    commands; every format: ``tests/export/formats/test_same_format.py``."""
+    tree = make_tree(tmp_path, INT3)
+    if name == "nvfp4":
+        base = save_compressed_fp4(packed.save_plain(tmp_path / "plain"), tmp_path / "packed")
+    else:
+        base = save_mxfp4(save_tokenized(GPT_OSS, tmp_path / "plain"), tmp_path / "packed")
+        tree["adapter"]["target_modules"] = ["gate_up_proj", "down_proj"]
+    tree["base"] = {"path": str(base), "compute_dtype": "float32"}
+    tree["adapter"]["through_start_share"] = 0.25
+    assert train(World(), tree) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    fork_consumers(monkeypatch)
+    bound = "0.02" if name == "nvfp4" else "1e-5"
+    assert export(tmp_path / "run", tmp_path / "out", name, "--max-error", bound) == 0
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert found["quant_method"] == packed.read_config(base)["quantization_config"]["quant_method"]
 
 
 @pytest.mark.e2e

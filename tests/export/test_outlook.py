@@ -15,6 +15,7 @@ from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
 from tests.support.tiny_runs import save_words, tiny_tree
 
 INT = {"kind": "int", "bits": 4, "group_size": 8}
+BNB = ("bnb-nf4", "bnb-fp4", "bnb-int8")
 KEPT_NF4 = "bnb-nf4 --keep-adapter"
 
 
@@ -42,7 +43,7 @@ def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]
         ({"base__quant": INT, "adapter": {"kind": "qalora", "r": 2}}, {*FORMATS} - {"mlx"}),
         (
             {"adapter": {"kind": "full"}},
-            {"hf-bf16", "bnb-nf4", "awq", "fp8", "mxfp4", "mlx", "hf-metal", "gguf"},
+            {"hf-bf16", *BNB, "awq", "fp8", "mxfp4", "nvfp4", "mlx", "hf-metal", "gguf"},
         ),
         ({"adapter": {"kind": "prompt"}}, {"peft", "peft-expanded"}),
         ({"adapter": {"kind": "bottleneck"}}, set()),
@@ -118,7 +119,7 @@ def test_kept_codes_are_a_form_of_their_own(
 
 def test_families_that_formats_do_not_have(tmp_path: Path) -> None:
     mixture = outlook(tmp_path / "a", MIXTURES["mixtral"])
-    packed = {"bnb-nf4", "awq", "fp8", "mxfp4", "mlx", "hf-metal", "gguf"}
+    packed = {*BNB, "awq", "fp8", "mxfp4", "nvfp4", "mlx", "hf-metal", "gguf"}
     peft = {"peft", "peft-expanded", "peft-experts"}
     assert {*FORMATS} - mixture.keys() == {"hf-bf16", *peft, *packed}
     kept = outlook(tmp_path / "int", MIXTURES["mixtral"], base__quant=INT)

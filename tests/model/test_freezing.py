@@ -25,6 +25,7 @@ from dist_peft.model.frozen_linear import FrozenLinear, StackPiece
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import make_codec
 from dist_peft.quant.ordered_columns import OrderedColumnsCodec
+from dist_peft.quant.ordered_stacks import OrderedStackCodec
 from dist_peft.store.reader import RowReader
 from tests.support.loaded_models import IDS, copy_decoded, load, logits
 from tests.support.tiny_models import CONFIGS, TRANSPOSED, save_model
@@ -174,17 +175,23 @@ def test_a_head_whose_weight_code_reads_is_refused(
         load(tmp_path, quant=QuantConfig())
 
 
-def test_experts_in_act_order_are_refused_with_the_reason() -> None:
-    """Each expert has an order of its own, and a stack is decoded by one codec."""
+def test_experts_in_act_order_share_a_codec_unless_their_groups_differ() -> None:
+    """Each expert has an order of its own; groups of other sizes are another codec."""
 
     class Packed:
         format_label = "gptq"
+        group = 16
 
         def open_linear(self, name: str, rows: int, columns: int) -> Any:
             order = torch.arange(32) if name == "first" else torch.arange(31, -1, -1)
             codec = OrderedColumnsCodec.from_order(AffineCodec(4, 16), order)
-            return SimpleNamespace(codec=codec)
+            if name != "first" and self.group != 16:
+                codec = OrderedColumnsCodec.from_order(AffineCodec(4, self.group), order)
+            return SimpleNamespace(codec=codec, in_features=columns)
 
-    pieces = (StackPiece("first", Span(0, 8)), StackPiece("second", Span(8, 16)))
-    with pytest.raises(UserError, match=r"not all stored alike: .* \(act-order\), and a stack"):
-        _open_packed_pieces(Packed(), pieces, 32)  # type: ignore[arg-type]
+    pieces, opened = (StackPiece("first", Span(0, 8)), StackPiece("second", Span(8, 16))), Packed()
+    found = _open_packed_pieces(opened, pieces, 32)  # type: ignore[arg-type]
+    assert found is not None and isinstance(found.codec, OrderedStackCodec)
+    opened.group = 8
+    with pytest.raises(UserError, match=r"experts next to first are not all stored alike; give"):
+        _open_packed_pieces(opened, pieces, 32)  # type: ignore[arg-type]

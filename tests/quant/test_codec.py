@@ -69,7 +69,7 @@ VERSIONS = {
     "int": (1, "568b8d9fd6cf245b"),
     "mxfp4": (1, "d884114ba7d7ec58"),
     "fp8": (1, "b292c534a1b7684f"),
-    "nvfp4": (1, "f4461a11c7217fb6"),
+    "nvfp4": (2, "c9a5c732980b4527"),
     "fp4": (1, "3c61d1396446d044"),
     "llm_int8": (1, "3088dc0fd9d936cf"),
 }
@@ -323,10 +323,20 @@ def test_a_codec_knows_its_facts(codec: Codec) -> None:
         payload, exponents = codec.mxfp4_rows.split_packed_rows(packed, 65)
         assert torch.equal(statistics, torch.exp2(exponents.float() - 127))
         assert payload.shape == (3, 16 * exponents.shape[1])
-    if codec.nf4_rows is not None:
-        payload, scales = codec.nf4_rows.split_packed_rows(packed, 65)
+    assert (codec.nvfp4_rows is None) == (codec.name != "nvfp4")
+    assert (codec.fp4_rows is None) == (codec.name != "fp4")
+    assert (codec.int8_rows is None) == (codec.name != "llm_int8")
+    assert codec.ordered_rows is None and (codec.grid_rows is None) == (not codec.is_quantized)
+    if codec.nvfp4_rows is not None:
+        payload, stored, divisor = codec.nvfp4_rows.split_packed_rows(packed, 65)
+        assert torch.equal(statistics, stored.float() / divisor) and payload.shape == (3, 40)
+    if codec.int8_rows is not None:
+        numbers, largest = codec.int8_rows.split_packed_rows(packed, 65)
+        assert torch.equal(statistics, largest.unsqueeze(1)) and numbers.dtype == torch.int8
+    if (rows := codec.nf4_rows or codec.fp4_rows) is not None:
+        payload, scales = rows.split_packed_rows(packed, 65)
         assert torch.equal(statistics, scales)
-        assert payload.shape[1] * 2 == scales.shape[1] * codec.nf4_rows.group_size
+        assert payload.shape[1] * 2 == scales.shape[1] * rows.group_size
 
 
 def _names(node: ast.AST) -> set[str]:

@@ -25,7 +25,7 @@ def test_encodes_the_nearest_level() -> None:
     decoded = CODEC.dequantize_rows(packed, 53, torch.float32)
     for row in range(12):
         largest = weight[row].abs().max()
-        factor = (torch.tensor(2688.0) / largest).clamp(max=2.0**126)
+        factor = 2.0 ** (torch.tensor(2688.0) / largest).clamp(max=2.0**126).log2().floor()
         if not largest:
             factor = torch.tensor(1.0)
         for group, part in enumerate(weight[row].split(16)):

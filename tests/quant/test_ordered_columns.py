@@ -26,6 +26,11 @@ def test_groups_follow_the_order(bits: int) -> None:
     unsorted = packed.clone()
     codes = inner.quantize_to_packed(wanted)
     assert codes.shape == unsorted.shape
+    groups = codec.list_column_groups()
+    assert torch.equal(groups[order], torch.arange(96, dtype=torch.int32) // 32)
+    parts = codec.split_packed_rows(packed, 96)
+    scale, zero = (p.float()[:, groups.long()] for p in (parts.scale, parts.zero))
+    assert torch.equal((parts.codes.float() - zero) * scale, wanted)
     assert pickle.loads(pickle.dumps(codec)) == codec
     assert codec != OrderedColumnsCodec.from_order(inner, order.flip(0))
     assert "96 columns" in repr(codec) and "act-order" in codec.describe_storage()

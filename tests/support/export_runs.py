@@ -23,10 +23,12 @@ from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.log import close_log
+from dist_peft.core.span import Span
 from dist_peft.core.world import World
 from dist_peft.export import verify_consumer, verify_formats
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.registry import FORMATS
+from dist_peft.export.merged_weights import open_merged_weights
 from dist_peft.export.verify import Comparison, Probe
 from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.skeleton import parse_torch_dtype
@@ -247,3 +249,13 @@ def _consume(argv: list[str]) -> tuple[int, str, str]:
     except Exception:
         return 1, out.getvalue(), traceback.format_exc()
     return 0, out.getvalue(), ""
+
+
+def read_trained_rows(run: FakeRun) -> dict[str, Tensor]:
+    """Weights of the blocks as they were trained through the quantizer, float32, by name."""
+    with open_merged_weights(run.base, run.directory, run.adapter_dir, "trained") as walk:
+        return {
+            weight.name: walk.read_merged_rows(weight, Span(0, weight.num_rows))
+            for weight in walk.weights
+            if walk.is_packable(weight)
+        }

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ def save_gptq(
         columns = torch.arange(weight.shape[1])
         order = columns
         if act_order:  # as if columns became less important in some order
-            order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(len(stem)))
+            seed = zlib.crc32(stem.encode())
+            order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed))
         codes, scale, zero = rounded(weight[:, order], bits, group)
         codes = codes[:, order.argsort()]
         qzeros = pack_rows(zero.T, bits)

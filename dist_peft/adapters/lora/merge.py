@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.lora.tensors import LoraTensors, parse_lora_tensors
-from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
+from dist_peft.adapters.low_rank.blocked_product import add_blocked_product, add_expert_products
 from dist_peft.adapters.low_rank.float_rows_merger import find_weight_shape
 from dist_peft.adapters.low_rank.row_sharded import add_factor_product
 from dist_peft.adapters.low_rank.zero_points import (
@@ -351,23 +351,10 @@ class _ScaledFactors(threading.local):
     def add_module_delta(self, rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
         """Return ``rows + s B A`` for rows ``span`` of a weight, float32."""
         if module.experts > 1:
-            return _add_expert_deltas(rows, module, span)
+            factors = (module.B, module.A, module.scaling, module.experts)
+            return add_expert_products(rows, *factors, span)
         left = module.A.T if module.is_embedding else module.B
         if self._module is not module or self._right.device != rows.device:
             right = module.B.T if module.is_embedding else module.expanded_lora_A()
             self._module, self._right = module, right.to(rows.device) * module.scaling
         return add_blocked_product(rows, left, self._right, span)
-
-
-def _add_expert_deltas(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
-    """Rows ``span`` of a stack of experts, which may begin and end within one."""
-    out, r = module.shape[0] // module.experts, module.B.shape[1]
-    parts = []
-    for expert in range(span.start // out, -(-span.stop // out)):
-        whole = Span(expert * out, (expert + 1) * out)
-        own = whole.intersect(span)
-        A = module.A[expert * r : (expert + 1) * r].to(rows.device) * module.scaling
-        part = rows[own.shifted_by(-span.start).slice]
-        inner = own.shifted_by(-whole.start)
-        parts.append(add_blocked_product(part, module.B[whole.slice], A, inner))
-    return torch.cat(parts) if parts else rows.float()

@@ -6,7 +6,7 @@ and embeddings have the plain rate. rsLoRA (Kalajdzievski 2023): ``s = alpha / s
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from dist_peft.adapters.lora.format import build_public_lora, drop_unused_ranks
 from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
 from dist_peft.adapters.lora.layer import LoraLinear, LoraSpec
 from dist_peft.adapters.lora.siblings import link_siblings
+from dist_peft.adapters.lora.through_experts import ThroughExperts
 from dist_peft.adapters.lora.through_quantizer import (
     ThroughLinear,
     require_codec,
@@ -29,6 +30,7 @@ from dist_peft.adapters.lora.through_quantizer import (
     resolve_start,
     update_rows,
 )
+from dist_peft.adapters.lora.through_rows import ThroughRows
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.peft_tensors import mark_transposed
 from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
@@ -89,7 +91,10 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         dropout = SampleDropout(config.dropout, name, self.position)
         if isinstance(module, ExpertStack):
             self._check_expert_stack(name)
-            return LoraExperts(module, name, spec, dropout)
+            if not config.through_quantizer:
+                return LoraExperts(module, name, spec, dropout)
+            require_codec(name, module)
+            return ThroughExperts(module, name, spec, dropout)
         assert isinstance(module, FrozenLinear)
         if config.init == "loftq" and not module.codec.is_quantized:
             raise UserError(
@@ -129,7 +134,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
     def _check_expert_stack(self, name: str) -> None:
         config = self.config
         excluded = {
-            "through_quantizer": config.through_quantizer,
+            "through_zeros": config.through_zeros,
             "use_dora": config.use_dora,
             "keep_zeros": config.keep_zeros,
             f"init {config.init}": config.init != "default",
@@ -176,12 +181,13 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         """Give the linears the form of ``adapter.through_start``, in the first share of the steps.
         See ``StepHooks``."""
         config = self.config
-        linears = [layer for layer in self.layers.values() if isinstance(layer, ThroughLinear)]
-        start = resolve_start(config.through_start, linears)
+        found: Iterable[object] = self.layers.values()
+        layers = [layer for layer in found if isinstance(layer, ThroughRows)]
+        start = resolve_start(config.through_start, layers)
         end = round(config.through_start_share * total_steps)
-        if start == "none" or done >= end or not linears:
+        if start == "none" or done >= end or not layers:
             return total_steps
-        for layer in linears:
+        for layer in layers:
             layer.set_start(start)
         return end
 

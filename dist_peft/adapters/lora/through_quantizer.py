@@ -18,9 +18,11 @@ any number of ranks and on every engine. What travels in a step is packed rows, 
 ``Q`` is a function of ``W``, ``A`` and ``B``: checkpoints hold the factors, and a resume encodes
 the rows again.
 
-A base that comes quantized (GPTQ, AWQ, compressed-tensors) has no other rows than packed ones.
-These are ``W`` then, codes move on their own grid, whose scales and zeros stay
-(``quant.kept_grid``), and the first steps are plain LoRA's, whose updates are not rounded away.
+A base that comes quantized has no other rows than packed ones. These are ``W`` then, codes move on
+their own grid, whose scales and zeros stay (``quant.kept_grid``), and the first steps are plain
+LoRA's, whose updates are not rounded away.
+
+``through_experts`` has the same for the experts of a mixture.
 
 With ``adapter.through_zeros`` a second pair, QA-LoRA's (``adapters.qalora.layer``), moves the zeros
 of an integer base, which are fractions then::
@@ -33,32 +35,28 @@ gradient or another rank's rows.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.lora.layer import FrozenProducts, LoraLinear
-from dist_peft.adapters.low_rank.blocked_product import BLOCK_ROWS, add_blocked_product
+from dist_peft.adapters.lora.through_rows import ThroughRows
+from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
 from dist_peft.adapters.low_rank.zero_points import move_packed_zeros
 from dist_peft.adapters.step_hooks import ParameterAccess
 from dist_peft.core.config.adapter_checks import NESTED_SCALES
 from dist_peft.core.config.through_options import ThroughStart
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.adapter_module import JoinedForm, Reduce, RowUpdate
-from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.quant.codec import make_finer_codec
-from dist_peft.quant.kept_grid import count_changed_codes, quantize_on_grid
-from dist_peft.quant.packed_rows import count_chunk_rows
+from dist_peft.model.adapter_module import RowUpdate
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.quant.through_product import ZeroFactors, multiply_through
 
 __all__ = [
     "FEW_MOVED",
     "NF4_BLOCK",
     "ThroughLinear",
-    "encode_by_blocks",
-    "keep_rows_exactly",
     "require_codec",
     "require_trainable_zeros",
     "resolve_start",
@@ -75,27 +73,14 @@ NF4_BLOCK = 64
 length it divides."""
 
 
-class ThroughLinear(LoraLinear):
-    """A ``FrozenLinear`` whose packed rows are those of ``W + s B A``.
-
-    The adapter cannot be switched off: the base's own bytes are no longer there.
+class ThroughLinear(ThroughRows, LoraLinear):
+    """A ``FrozenLinear`` whose packed rows are those of ``W + s B A``; see ``ThroughRows``.
 
     Attributes:
-        start: form of the first steps (``adapter.through_start``), while it is trained in it.
-        own_span: this rank's rows of the weight.
-        own_rows: these rows of the base's files, ``[len(own_span), in]`` in host memory, in the
-            narrowest type that holds them exactly; of a base that is packed in its files, the
-            packed rows.
-        num_changed: of such a base, weights of own rows whose code was another one than the base's
-            when ``encode_own_rows`` last counted them.
         zero_A, zero_B: ``[r, groups]``, ``[out, r]``, with ``train_zeros`` only.
     """
 
-    keeps_base = False
-    start: ThroughStart = "none"
-    own_span: Span
-    own_rows: Tensor
-    num_changed = 0
+    base: FrozenLinear
     zero_A: nn.Parameter
     zero_B: nn.Parameter
 
@@ -122,10 +107,6 @@ class ThroughLinear(LoraLinear):
         bound = self.base.in_features**-0.5
         value = torch.empty(self.shapes[name])
         return value.uniform_(-bound, bound, generator=self._make_generator(name))
-
-    @property
-    def joined_form(self) -> JoinedForm:
-        return None  # it trains the base's bytes
 
     def forward(
         self,
@@ -155,34 +136,15 @@ class ThroughLinear(LoraLinear):
         )
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
-    def set_start(self, start: ThroughStart) -> None:
-        """Take another form than the base's, on meta, before the model is sharded."""
-        self.start = start
-        if start == "8bit":
-            base = self.base
-            assert base.packed.is_meta
-            base.codec = make_finer_codec(base.codec)
-            size = base.codec.num_row_bytes(base.in_features)
-            empty = torch.empty(base.out_features, size, dtype=torch.uint8, device="meta")
-            base.packed = nn.Parameter(empty, requires_grad=False)
-
-    @property
-    def needs_base_rows(self) -> bool:
-        """True: rows are kept."""
-        return True
-
-    @torch.no_grad()
-    def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
-        """Keep the rows and return them: with ``B`` zero they are what is quantized."""
-        if self.base.stored is None:
-            self.own_span, self.own_rows = span, keep_rows_exactly(rows)
-        return rows
-
-    @torch.no_grad()
-    def keep_packed_rows(self, packed: Tensor, span: Span) -> None:
-        """Keep rows of a base that is packed in its files: they are ``W`` and its grid."""
-        host = packed.detach().to("cpu", copy=True)
-        self.own_span, self.own_rows = span, host.pin_memory() if packed.is_cuda else host
+    def encode_from_factors(self, name: str, access: ParameterAccess, *, count: bool) -> Tensor:
+        """Gather ``A`` and own rows of ``B``; see ``ThroughRows``."""
+        A = access.gather_parameter(f"{name}.lora_A")
+        B = access.gather_matching_rows(f"{name}.lora_B", self.base.packed)
+        zeros = None
+        if self.trains_zeros:
+            Bz = access.gather_matching_rows(f"{name}.zero_B", self.base.packed)
+            zeros = (access.gather_parameter(f"{name}.zero_A"), Bz)
+        return self.encode_own_rows(A, B, access.device, zeros=zeros, count=count)
 
     @torch.no_grad()
     def encode_own_rows(
@@ -208,32 +170,18 @@ class ThroughLinear(LoraLinear):
         """
         left, right = self._widen_factors(A, B, device)
         moved = None if zeros is None else self._widen_factors(*zeros, device)
-        self.num_changed = 0
         base, grid = self.base, self.base.codec.affine_rows
 
-        def encode_chunk(span: Span) -> Tensor:
-            own = self.own_rows[span.shifted_by(-self.own_span.start).slice]
-            kept = own.to(device, non_blocking=True)
-            if base.stored is None:
-                merged = add_blocked_product(kept, left, right, span)
-                packed = base.codec.quantize_to_packed(merged)
-                if moved is None or grid is None:
-                    return packed
-                return move_packed_zeros(packed, *moved, span, grid, base.in_features)
-            assert grid is not None
-            rows = base.codec.dequantize_rows(kept, base.in_features, torch.float32)
-            merged = add_blocked_product(rows, left, right, span)
-            packed = quantize_on_grid(merged, kept, grid, base.in_features)
-            if count:
-                self.num_changed += count_changed_codes(packed, kept, grid, base.in_features)
-            return packed
+        def move_zeros(packed: Tensor, span: Span) -> Tensor:
+            assert moved is not None and grid is not None
+            return move_packed_zeros(packed, *moved, span, grid, base.in_features)
 
-        try:
-            return encode_by_blocks(base, self.own_span, encode_chunk, device)
-        except ValueError as error:
-            raise UserError(
-                f"{self.path}: rows of W + s B A cannot be quantized: {error}; lower train.lr"
-            ) from None
+        return self.encode_added_rows(
+            lambda rows, span: add_blocked_product(rows, left, right, span),
+            device,
+            finish=None if moved is None else move_zeros,
+            count=count,
+        )
 
     def _widen_factors(self, A: Tensor, B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """``[out, r]``, of which rows of other ranks are zero since a row of a product depends on
@@ -243,50 +191,7 @@ class ThroughLinear(LoraLinear):
         return left, A.to(device, torch.float32) * self.spec.scaling
 
 
-def encode_by_blocks(
-    base: FrozenLinear, span: Span, encode: Callable[[Span], Tensor], device: torch.device
-) -> Tensor:
-    """Encode rows ``span`` a chunk at a time, so that one chunk is in memory in float32.
-
-    Args:
-        encode: a span -> its packed rows.
-
-    Raises:
-        ValueError: values that the codec cannot represent.
-    """
-    size = base.codec.num_row_bytes(base.in_features)
-    packed = torch.empty(len(span), size, dtype=torch.uint8, device=device)
-    chunk = max(1, count_chunk_rows(base.in_features, device) // BLOCK_ROWS) * BLOCK_ROWS
-    for part in _split_at_blocks(span, chunk):
-        own = part.shifted_by(-span.start).slice
-        packed[own] = encode(part)
-    return packed
-
-
-def _split_at_blocks(span: Span, chunk: int) -> Iterator[Span]:
-    """Split at multiples of ``chunk`` counted from row 0, so that no block is computed twice."""
-    start = span.start
-    while start < span.stop:
-        stop = min(span.stop, (start // chunk + 1) * chunk)
-        yield Span(start, stop)
-        start = stop
-
-
-def keep_rows_exactly(rows: Tensor) -> Tensor:
-    """Copy float32 rows to host memory, pinned for a GPU, in 16 bits where these hold them exactly.
-
-    The rows of a base in bfloat16 or float16 are kept in their own type, without knowing it.
-    """
-    host = rows.detach().to("cpu", copy=True)
-    for dtype in (torch.bfloat16, torch.float16):
-        narrow = host.to(dtype)
-        if torch.equal(narrow.float(), host):
-            host = narrow
-            break
-    return host.pin_memory() if rows.is_cuda else host
-
-
-def resolve_start(start: ThroughStart, layers: Sequence[ThroughLinear]) -> ThroughStart:
+def resolve_start(start: ThroughStart, layers: Sequence[ThroughRows]) -> ThroughStart:
     """Return the form of the first steps.
 
     Raises:
@@ -303,27 +208,19 @@ def resolve_start(start: ThroughStart, layers: Sequence[ThroughLinear]) -> Throu
     return start
 
 
-def require_codec(name: str, module: FrozenLinear) -> None:
-    """Refuse a linear that cannot be trained through its codec.
+def require_codec(name: str, module: FrozenWeight) -> None:
+    """Refuse a linear, or experts, that cannot be trained through their codec.
 
     Raises:
-        UserError: it is not quantized, is packed in its files in a format without integer codes, or
-            NF4 blocks of bitsandbytes would cross its rows.
+        UserError: it is not quantized, or blocks of bitsandbytes would cross its rows.
     """
-    if module.stored is not None and module.codec.affine_rows is None:
-        raise UserError(
-            "adapter.through_quantizer moves the codes of a packed base on its own scales and "
-            f"zeros, but {name} comes from base.path as {module.codec.name}, whose codes are no "
-            "integers: give the unquantized base with base.quant, a base in GPTQ, AWQ or "
-            "compressed-tensors integers, or set adapter.through_quantizer: false"
-        )
     if not module.codec.is_quantized:
         raise UserError(
             f"adapter.through_quantizer trains the quantized weights, but {name} is not quantized; "
             "set base.quant, or take the module out of adapter.target_modules"
         )
     nf4 = module.codec.nf4_rows
-    if nf4 is not None and nf4.double_quant:
+    if nf4 is not None and nf4.double_quant and module.stored is None:
         raise UserError(NESTED_SCALES)
     if nf4 is not None and module.in_features % NF4_BLOCK:
         raise UserError(
@@ -355,23 +252,17 @@ def require_trainable_zeros(name: str, module: FrozenLinear) -> None:
 def update_rows(
     layers: Iterable[tuple[str, nn.Module]], access: ParameterAccess, *, count: bool = False
 ) -> None:
-    """Encode this rank's rows of every ``ThroughLinear`` again. Collective.
+    """Encode this rank's rows of every layer again that is trained so. Collective.
 
     Args:
         count: of a packed base, warn where hardly any code of this rank's rows has moved.
     """
-    encoded: list[ThroughLinear] = []
+    encoded: list[ThroughRows] = []
 
     def encode_all() -> Iterator[RowUpdate]:
         for path, layer in layers:
-            if isinstance(layer, ThroughLinear) and layer.start != "lora":
-                A = access.gather_parameter(f"{path}.lora_A")
-                B = access.gather_matching_rows(f"{path}.lora_B", layer.base.packed)
-                zeros = None
-                if layer.trains_zeros:
-                    Bz = access.gather_matching_rows(f"{path}.zero_B", layer.base.packed)
-                    zeros = (access.gather_parameter(f"{path}.zero_A"), Bz)
-                rows = layer.encode_own_rows(A, B, access.device, zeros=zeros, count=count)
+            if isinstance(layer, ThroughRows) and layer.start != "lora":
+                rows = layer.encode_from_factors(path, access, count=count)
                 encoded.append(layer)
                 yield RowUpdate(layer.base, "packed", rows)
 
@@ -380,7 +271,7 @@ def update_rows(
         _warn_of_few_moved([layer for layer in encoded if layer.base.stored is not None])
 
 
-def _warn_of_few_moved(layers: Sequence[ThroughLinear]) -> None:
+def _warn_of_few_moved(layers: Sequence[ThroughRows]) -> None:
     """Warn where updates are too small for the grid of a packed base."""
     weights = sum(len(layer.own_span) * layer.base.in_features for layer in layers)
     if not weights:

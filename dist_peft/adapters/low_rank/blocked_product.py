@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_peft.core.span import Span
 
-__all__ = ["BLOCK_ROWS", "add_blocked_product"]
+__all__ = ["BLOCK_ROWS", "add_blocked_product", "add_expert_products"]
 
 BLOCK_ROWS = 64
 """Chunks of a multiple of this many rows compute nothing twice."""
@@ -57,3 +57,32 @@ def _multiply_whole_block(rows: Tensor, B: Tensor, A: Tensor, span: Span) -> Ten
     own = span.shifted_by(-start).slice
     whole[own] = rows.float()
     return whole.addmm_(left, A)[own]
+
+
+def add_expert_products(
+    rows: Tensor, B: Tensor, A: Tensor, scaling: float, experts: int, span: Span
+) -> Tensor:
+    """Return rows ``span`` of a stack of experts, which may begin and end within one, with each
+    expert's own product added; blocks are counted from the first row of each expert.
+
+    Args:
+        rows: floating point ``[len(span), in]``.
+        B: ``[experts * out, r]``.
+        A: ``[experts * r, in]``.
+        scaling: ``s``.
+        experts: their number.
+        span: which rows of the stack these are.
+
+    Returns:
+        float32 ``[len(span), in]``, new memory.
+    """
+    out, r = len(B) // experts, B.shape[1]
+    parts = []
+    for expert in range(span.start // out, -(-span.stop // out)):
+        whole = Span(expert * out, (expert + 1) * out)
+        own = whole.intersect(span)
+        right = A[expert * r : (expert + 1) * r].to(rows.device) * scaling
+        part = rows[own.shifted_by(-span.start).slice]
+        inner = own.shifted_by(-whole.start)
+        parts.append(add_blocked_product(part, B[whole.slice], right, inner))
+    return torch.cat(parts) if parts else rows.float()

@@ -49,14 +49,13 @@ def check_through_quantizer(
             quantized: its linears decide.
 
     Raises:
-        ValueError: nested scales, which no other library has, or a start in the base's own bits.
+        ValueError: a start in the base's own bits. (Nested scales are refused by the linears that
+            have them: those of a base that comes quantized are float32 here.)
     """
     if not isinstance(adapter, LoraConfig) or not adapter.through_quantizer:
         return
     if quant is None or "quant" not in stated:
         return
-    if quant.has_nested_scales:
-        raise ValueError(NESTED_SCALES)
     if adapter.through_start == "8bit" and quant.bits == 8:
         raise ValueError(
             "adapter.through_start: 8bit is for fewer bits, and base.quant.bits is 8; leave it out"

@@ -127,7 +127,11 @@ class BnbNf4Packer:
 
 
 def encode_quant_state(
-    weight: BaseWeight, block: int, dtype: torch.dtype, nested: Mapping[str, Any] | None = None
+    weight: BaseWeight,
+    block: int,
+    dtype: torch.dtype,
+    nested: Mapping[str, Any] | None = None,
+    kind: str = "nf4",
 ) -> Tensor:
     """Encode a weight's quantization state as JSON bytes, ``uint8 [n]``.
 
@@ -137,9 +141,10 @@ def encode_quant_state(
         dtype: type that bitsandbytes dequantizes to.
         nested: keys of double quantization, with ``nested_offset``, whose value does not change
             the length.
+        kind: nf4 or fp4.
     """
     state: dict[str, Any] = {
-        "quant_type": "nf4",
+        "quant_type": kind,
         "blocksize": block,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": [weight.num_rows, weight.num_columns],
@@ -151,22 +156,28 @@ def encode_quant_state(
 
 
 def make_bnb_settings(
-    walk: MergedWeights, unpacked: list[str], *, double_quant: bool, dtype: torch.dtype
+    walk: MergedWeights,
+    unpacked: list[str],
+    *,
+    double_quant: bool,
+    dtype: torch.dtype,
+    kind: str = "nf4",
 ) -> Mapping[str, Any]:
-    """Return the ``quantization_config`` of a model in bitsandbytes' NF4, for ``config.json``.
+    """Return the ``quantization_config`` of a model in bitsandbytes' 4 bits, for ``config.json``.
 
     Args:
         walk: the exported weights.
         unpacked: paths of linears of the blocks that are not quantized.
         double_quant: the scales of the blocks are stored in 8 bits.
         dtype: type that bitsandbytes computes in.
+        kind: nf4 or fp4.
     """
     return {
         "quantization_config": {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_quant_type": kind,
             "bnb_4bit_use_double_quant": double_quant,
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
@@ -210,6 +221,6 @@ def build_dynamic_map() -> Tensor:
     return torch.tensor(sorted(entries), dtype=torch.float32)
 
 
-def make_quant_state_name(weight: BaseWeight) -> str:
+def make_quant_state_name(weight: BaseWeight, kind: str = "nf4") -> str:
     """Return the name of the tensor that holds the weight's ``encode_quant_state``."""
-    return f"{weight.written}.quant_state.bitsandbytes__nf4"
+    return f"{weight.written}.quant_state.bitsandbytes__{kind}"

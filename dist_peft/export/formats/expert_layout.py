@@ -39,7 +39,8 @@ class ExpertLayout:
         packed: they are packed as linears are; if not, they are written in the run's compute type.
         stacked: a tensor of all experts is packed, too.
         by_modules: all tensors have the names of ``base_weights.name_by_modules``.
-        codes_limit: why the codes of training cannot be kept; empty: they can.
+        codes_limit: why the codes of training cannot be kept, but for those of a base that comes
+            without zero points; empty: they can.
         separate_limit: why the adapter cannot be apart from the base; empty: it can.
     """
 
@@ -66,7 +67,8 @@ class ExpertLayout:
             return _STACKED
         if separate and self.separate_limit:
             return self.separate_limit
-        return self.codes_limit or None if codes or separate else None
+        is_kept = codes and not separate and all(map(_has_middle_zeros, stacks))
+        return self.codes_limit or None if (codes or separate) and not is_kept else None
 
     def prepare_weights(self, walk: MergedWeights, packer: WeightPacker) -> None:
         """Name the weights of a mixture before they are written.
@@ -109,3 +111,8 @@ def _can_be_separate(model: Any) -> bool:
         for path, stack in model.named_modules()
         if isinstance(stack, ExpertStack)
     )
+
+
+def _has_middle_zeros(stack: ExpertStack) -> bool:
+    """Return whether a stack comes packed in integers without zero points."""
+    return stack.stored is not None and stack.stored.has_middle_zeros

@@ -35,13 +35,14 @@ from dist_peft.export.rounding_floor import RoundingFloor
 from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.export.verify_formats import Consumer, ConsumerRequest
-from dist_peft.model.frozen_linear import describe_stored_otherwise
+from dist_peft.model.frozen_linear import FrozenWeight, describe_stored_otherwise
 from dist_peft.model.model_files import copy_model_files, list_model_files
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 from dist_peft.quant.codec import Codec, make_codec
 from dist_peft.store.publish import publish_directory
 
 __all__ = [
+    "ACT_ORDER",
     "BITS",
     "GROUP_SIZE",
     "ExportForm",
@@ -88,6 +89,12 @@ def _parse_group_size(text: str) -> int:
 
 GROUP_SIZE = ExportOption(
     "group-size", "default: an integer base's own, else 64", {"type": _parse_group_size}
+)
+
+
+ACT_ORDER = (
+    "its groups are of columns in act-order, which the format has not; gptq keeps them, and "
+    "dist-peft merge dequantizes them"
 )
 
 
@@ -284,6 +291,9 @@ class PackedExport(ExportFormat):
     experts: ClassVar[ExpertLayout] = ExpertLayout()
     """The form of a mixture's experts."""
 
+    keeps_column_order: ClassVar[bool] = False
+    """Whether it has columns in groups in another order than theirs (act-order)."""
+
     consumer: ClassVar[Consumer]
     """Library that loads the output, for the default ``verify_export``."""
 
@@ -300,6 +310,10 @@ class PackedExport(ExportFormat):
             run.skeleton.model, codes=codes, separate=content == "separate"
         ):
             return f"the base is a mixture of experts: {reason}"
+        if (codes or content == "separate") and not self.keeps_column_order:
+            modules = run.skeleton.model.modules()
+            if any(isinstance(m, FrozenWeight) and m.codec.ordered_rows for m in modules):
+                return ACT_ORDER
         if run.config.base.head == "classifier" and self.classifier_limit:
             return f"the format is for language models: {self.classifier_limit}"
         if reason := _find_linear_obstacle(run.skeleton):
@@ -344,6 +358,8 @@ class PackedExport(ExportFormat):
                 if reason := _find_linear_obstacle(walk.skeleton):
                     raise UserError(f"{job.directory} is not written as {self.name}: {reason}")
                 self.experts.prepare_weights(walk, packer)
+                if not self.keeps_column_order and any(map(walk.find_column_order, walk.weights)):
+                    raise UserError(f"{job.directory} is not written as {self.name}: {ACT_ORDER}")
                 written = write_model_directory(walk, packer, out, dtype, compute=job.compute_dtype)
                 packing = packer.make_config(walk, list(written.unpacked))
                 settings = {**describe_written_model(walk, job.directory, code=code), **packing}

@@ -11,8 +11,9 @@ A scale ``s = max |w| / 448`` belongs to the weights of one tile, and ``w' = E4M
 
 Codes of an FP8 base with the same tiles are copied where no adapter changes them. Those that were
 trained through the quantizer have a scale for each group of a row (``quant.fp8``): they are tiles
-of one row, or ``row`` where a group is the whole row. ``transformers`` decodes both from the shape
-of the scales alone, so that a weight with a part of a tile at its end stays dense.
+of one row, or ``row`` where a group is the whole row. Of a base in FP8 tiles they have its tiles
+and scales. ``transformers`` decodes both from the shape of the scales alone, so that a weight with
+a part of a tile at its end stays dense.
 
 Activations are not rounded by these settings on a CPU; kernels of GPUs round them (``fp8``:
 ``activation_scheme: dynamic``).
@@ -178,6 +179,7 @@ class Fp8Export(TwoLayoutsExport):
     def write_export(self, job: ExportSpec) -> ExportResult:
         if job.trained_codes:
             packer = _make_trained_packer(job)
+            job.check_output()
             how = f"the trained codes, {_describe_tile(packer)}"
             return self.write_directory(job, "trained", packer, how, exact=True)
         size = int(job.options.get(GROUP_SIZE.key) or _TILE)
@@ -199,8 +201,12 @@ def _make_trained_packer(job: ExportSpec) -> Fp8Packer:
             "fp8 keeps codes of base.quant.kind fp8, and this run trained others through the "
             "quantizer: choose the format of the base's kind, or hf-bf16"
         )
-    whole = rows.group_size >= 2**16
-    return Fp8Packer(1, 0 if whole else rows.group_size)
+    if rows.group_size >= 2**16:
+        return Fp8Packer(1, 0)
+    with job.open_weights("trained") as walk:
+        packed = walk.skeleton.prequantized
+        tile = None if packed is None else packed.scale_tile
+    return Fp8Packer(1 if tile is None else tile[0], rows.group_size)
 
 
 def _describe_tile(packer: Fp8Packer) -> str:

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.errors import UserError
-from dist_peft.export.formats.export_format import ExportOption, PackedExport, PlannedExport
+from dist_peft.export.formats.export_format import (
+    ACT_ORDER,
+    ExportOption,
+    PackedExport,
+    PlannedExport,
+)
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.model_directory import copy_tokenizer_files
 from dist_peft.export.verify import Comparison, compare_logits
@@ -128,6 +133,8 @@ class GgufExport(PackedExport):
             tempfile.TemporaryDirectory() as scratch,
             publish_directory(job.out) if is_directory else nullcontext(file.parent) as out,
         ):
+            if any(map(walk.find_column_order, walk.weights)):
+                raise UserError(f"{job.directory} is not written as gguf: {ACT_ORDER}")
             remove_temporary_files(file)  # of a process that was killed
             copy_model_files(job.directory, Path(scratch), job.compute_dtype, {})
             copy_tokenizer_files(job.adapter_dir, Path(scratch))

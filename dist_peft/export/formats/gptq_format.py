@@ -7,8 +7,9 @@ Tensors of a linear ``[out, in]``; words are int32, codes a dense LSB-first bit 
     qzeros  [in / group, out * bits / 32]
     g_idx   [in]                          column -> group
 
-``out`` is last, so that rows of a weight are columns of its tensors: the packed tensors of one
-linear are assembled in memory (``bits / 16`` of its bf16 size).
+Columns of a base in act-order keep their groups (``g_idx``, ``desc_act: true``) where its codes are
+kept. ``out`` is last, so that rows of a weight are columns of its tensors: the packed tensors of
+one linear are assembled in memory (``bits / 16`` of its bf16 size).
 """
 
 from collections.abc import Iterable, Mapping
@@ -88,6 +89,8 @@ class GptqPacker(IntegerZeroPacker):
         yield TensorPiece(f"{stem}.scales", scale, 0)
         yield TensorPiece(f"{stem}.qzeros", zeros, 0)
         index = torch.arange(weight.num_columns, dtype=torch.int32) // self.codec.group_size
+        if (ordered := walk.find_column_order(weight)) is not None:
+            index = ordered.list_column_groups(walk.read_packed_rows(weight, Span(0, 1)))
         yield TensorPiece(f"{stem}.g_idx", index, 0)
 
     def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
@@ -95,7 +98,7 @@ class GptqPacker(IntegerZeroPacker):
             "quant_method": "gptq",
             "bits": self.codec.bits,
             "group_size": self.codec.group_size,
-            "desc_act": False,
+            "desc_act": any(walk.find_column_order(weight) for weight in walk.weights),
             "sym": False,
             "checkpoint_format": "gptq_v2",
             "true_sequential": True,
@@ -129,6 +132,7 @@ class GptqExport(IntegerZeroExport):
     packer = GptqPacker
     consumer = GPTQ_TRANSFORMERS
     experts = GPTQ_EXPERTS
+    keeps_column_order = True
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
         return verify_with_gptqmodel(request)

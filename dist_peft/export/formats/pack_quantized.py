@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.formats.expert_layout import ExpertLayout
@@ -106,7 +107,8 @@ class CompressedTensorsPacker(IntegerZeroPacker):
 
 
 class SymmetricTensorsPacker(CompressedTensorsPacker):
-    """The same without zero points: merged rows alone, quantized by their largest magnitude."""
+    """The same without zero points: merged rows, quantized by their largest magnitude, or the codes
+    that were trained of a base that has no zero points either."""
 
     symmetric = True
 
@@ -118,8 +120,17 @@ class SymmetricTensorsPacker(CompressedTensorsPacker):
         self, walk: MergedWeights, weight: BaseWeight, span: Span
     ) -> Iterable[TensorPiece]:
         bits, stem = self.codec.bits, weight.name_stem
-        rows = walk.read_merged_rows(weight, span)
-        codes, scale = quantize_symmetrically(rows, bits, self.codec.group_size, self.dtype)
+        if walk.state == "trained":
+            parts = quantize_integer_zeros(walk, weight, span, self.codec)
+            if not bool((parts.zero == 2 ** (bits - 1)).all()):
+                raise UserError(
+                    f"{weight.name} has zero points, with which transformers reads no experts of "
+                    "compressed-tensors; use dist-peft merge"
+                )
+            codes, scale = parts.codes, parts.scale.to(self.dtype)
+        else:
+            rows = walk.read_merged_rows(weight, span)
+            codes, scale = quantize_symmetrically(rows, bits, self.codec.group_size, self.dtype)
         words = pack_code_words(codes, bits, torch.int32)
         yield TensorPiece(f"{stem}.weight_packed", words, span.start)
         yield TensorPiece(f"{stem}.weight_scale", scale, span.start)

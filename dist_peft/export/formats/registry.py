@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_peft.export.formats.awq import AwqExport
 from dist_peft.export.formats.bnb_nf4 import BnbNf4Export
+from dist_peft.export.formats.bnb_others import BnbFp4Export, BnbInt8Export
 from dist_peft.export.formats.export_format import ExportForm, ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.float_bias import HfMetalExport, MlxExport
@@ -20,6 +21,7 @@ from dist_peft.export.formats.gptq_format import GptqExport
 from dist_peft.export.formats.hf_bf16 import HfBf16Export
 from dist_peft.export.formats.mlx_adapter import MlxAdapterExport
 from dist_peft.export.formats.mxfp4_format import Mxfp4Export
+from dist_peft.export.formats.nvfp4_format import Nvfp4Export
 from dist_peft.export.formats.pack_quantized import CompressedTensorsExport
 from dist_peft.export.formats.peft_adapter import PeftExpandedExport, PeftExport
 from dist_peft.export.formats.peft_experts import PeftExpertsExport
@@ -41,11 +43,14 @@ FORMATS: dict[str, ExportFormat] = {
         PeftExpandedExport(),
         PeftExpertsExport(),
         BnbNf4Export(),
+        BnbFp4Export(),
+        BnbInt8Export(),
         GptqExport(),
         AwqExport(),
         CompressedTensorsExport(),
         Fp8Export(),
         Mxfp4Export(),
+        Nvfp4Export(),
         MlxExport(),
         HfMetalExport(),
         GgufExport(),

@@ -2,7 +2,7 @@
 
     quantization_config.quant_method     read
     dist_peft                            our own packed rows, ``STEM.packed``
-    gptq                                 layouts gptq and gptq_v2, with act-order too
+    gptq                                 layouts gptq and gptq_v2, with act-order too (also experts)
     awq                                  layout gemm
     bitsandbytes                         NF4 and FP4, with and without double quantization; LLM.int8
     compressed-tensors                   integers, FP8, NVFP4 and MXFP4, by ``format``
@@ -149,6 +149,11 @@ class PrequantizedBase:
     def quant_config(self) -> QuantConfig:
         """The packing of the linears as a ``base.quant`` section."""
         return self.format.quant
+
+    @property
+    def scale_tile(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale; None: scales are of parts of a row, or of all."""
+        return self.format.scale_tile
 
     def open_linear(self, weight: str, out_features: int, in_features: int) -> PackedLinear | None:
         """Return the packed linear of this weight; None if it is not packed."""

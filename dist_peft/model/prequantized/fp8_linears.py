@@ -94,6 +94,11 @@ class _Fp8Format(PackedFormat):
     tile: tuple[int, int] | None = field(default=None)
     per_row: bool = False
 
+    @property
+    def scale_tile(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale."""
+        return self.tile
+
     def open_linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
     ) -> PackedLinear:

@@ -8,9 +8,8 @@ One scale a row (``group_size`` -1, strategy ``channel``) is stored as groups wi
 the largest size up to 128 that divides every linear: the codec's groups have one size in a base.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +19,12 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.prequantized.column_order import choose_ordered_codec
+from dist_peft.model.prequantized.integer_settings import (
+    check_bits,
+    find_common_group_size,
+    list_code_shapes,
+    read_group_size,
+)
 from dist_peft.model.prequantized.linear import (
     UNQUANTIZED_HINT,
     PackedFormat,
@@ -125,7 +130,7 @@ class GptqFormat(PackedFormat):
 
     @classmethod
     def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> Self:
-        bits = _check_bits(settings.get("bits"), "bits", index)
+        bits = check_bits(settings.get("bits"), "bits", index)
         label = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
         if label not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
             raise UserError(
@@ -144,9 +149,9 @@ class GptqFormat(PackedFormat):
             )
         wanted = settings.get("group_size", 128)
         per_row = wanted == -1
-        inputs = (words * 32 // bits for words, _ in _list_code_shapes(index, cls.MARK))
+        inputs = (words * 32 // bits for words, _ in list_code_shapes(index, cls.MARK))
         group_size = (
-            _common_group_size(inputs, index) if per_row else _read_group_size(wanted, index)
+            find_common_group_size(inputs, index) if per_row else read_group_size(wanted, index)
         )
         quant = QuantConfig(kind="int", bits=bits, group_size=group_size)
         return cls(label, quant, per_row=per_row, act_order=settings.get("desc_act") is True)
@@ -232,9 +237,9 @@ class AwqFormat(PackedFormat):
             )
         wanted = settings.get("group_size", settings.get("q_group_size", 128))
         per_row = wanted == -1
-        inputs = (rows for rows, _ in _list_code_shapes(index, cls.MARK))
+        inputs = (rows for rows, _ in list_code_shapes(index, cls.MARK))
         group_size = (
-            _common_group_size(inputs, index) if per_row else _read_group_size(wanted, index)
+            find_common_group_size(inputs, index) if per_row else read_group_size(wanted, index)
         )
         return cls("awq", QuantConfig(kind="int", bits=4, group_size=group_size), per_row=per_row)
 
@@ -257,6 +262,11 @@ class AwqFormat(PackedFormat):
 @dataclass(frozen=True)
 class _CompressedLinear(_IntegerLinear):
     symmetric: bool
+
+    @property
+    def has_middle_zeros(self) -> bool:
+        """Whether there are no zero points."""
+        return self.symmetric
 
     def _read_packed(self, reader: RowReader, span: Span) -> Tensor:
         shape = reader.read_rows(f"{self.stem}.weight_shape").tolist()
@@ -302,7 +312,7 @@ class CompressedTensorsFormat(PackedFormat):
     @classmethod
     def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> Self:
         weights = _read_weight_scheme(settings, index)
-        bits = _check_bits(weights.get("num_bits"), "num_bits", index)
+        bits = check_bits(weights.get("num_bits"), "num_bits", index)
         strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
         if strategy not in ("group", "channel"):
             raise UserError(
@@ -310,10 +320,10 @@ class CompressedTensorsFormat(PackedFormat):
                 f"{UNQUANTIZED_HINT}"
             )
         per_row = strategy == "channel"
-        inputs = (words * 32 // bits for _, words in _list_code_shapes(index, cls.MARK))
+        inputs = (words * 32 // bits for _, words in list_code_shapes(index, cls.MARK))
         wanted = weights.get("group_size")
         group_size = (
-            _common_group_size(inputs, index) if per_row else _read_group_size(wanted, index)
+            find_common_group_size(inputs, index) if per_row else read_group_size(wanted, index)
         )
         quant = QuantConfig(kind="int", bits=bits, group_size=group_size)
         symmetric = weights.get("symmetric", True) is True
@@ -357,41 +367,3 @@ def _read_weight_scheme(settings: Settings, index: SafetensorsIndex) -> Settings
         )
     refuse_extras(settings, group, weights, index)
     return weights
-
-
-# -- settings --------------------------------------------------------------------------------------
-
-
-def _check_bits(value: Any, key: str, index: SafetensorsIndex) -> Any:
-    if value not in (2, 3, 4, 8) or isinstance(value, bool):
-        raise UserError(
-            f"{index.path} has {key} {value!r} in its quantization_config; 2, 3, 4 and 8 are read: "
-            f"{UNQUANTIZED_HINT}"
-        )
-    return value
-
-
-def _read_group_size(value: Any, index: SafetensorsIndex) -> int:
-    if not isinstance(value, int) or value < 8 or value % 8:
-        raise UserError(
-            f"{index.path} has group_size {value!r} in its quantization_config; multiples of 8 "
-            f"are read: {UNQUANTIZED_HINT}"
-        )
-    return value
-
-
-def _list_code_shapes(index: SafetensorsIndex, mark: str) -> list[tuple[int, ...]]:
-    """Return the shapes of the matrices with the codes."""
-    infos = [info for name, info in index.tensors.items() if name.endswith(mark)]
-    return [info.shape for info in infos if len(info.shape) == 2]
-
-
-def _common_group_size(inputs: Iterable[int], index: SafetensorsIndex) -> int:
-    """Return the largest group size that divides every linear's in_features."""
-    inputs = list(inputs)
-    for size in (128, 64, 32, 16, 8):
-        if not any(count % size for count in inputs):
-            return size
-    raise UserError(
-        f"{index.path} has linears whose in_features 8 does not divide; {UNQUANTIZED_HINT}"
-    )

@@ -80,6 +80,11 @@ class PackedLinear(ABC):
     in_features: int
     codec: Codec
 
+    @property
+    def has_middle_zeros(self) -> bool:
+        """Whether its codes are integers without zero points: all zeros are half of the range."""
+        return False
+
     def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read packed rows ``uint8 [len(span), row_bytes]``; reads at most one extra word at either
         end.
@@ -131,6 +136,11 @@ class PackedFormat(ABC):
 
     WEIGHT: ClassVar[str] = ".weight"
     """Ending of the weight in an unquantized base, behind the same stem."""
+
+    @property
+    def scale_tile(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale; None: scales are of parts of a row, or of all."""
+        return None
 
     @property
     def quant_keys(self) -> tuple[str, ...]:

@@ -24,8 +24,7 @@ def test_solver_without_zeros_and_rates_without_blocks_are_refused() -> None:
 
 def test_bases_that_are_not_trained_through_their_quantizer() -> None:
     through, nested = LoraConfig(through_quantizer=True), QuantConfig()
-    with pytest.raises(ValueError, match=r"base\.quant\.double_quant: false"):
-        check_through_quantizer(through, nested)
+    check_through_quantizer(through, nested)  # the linears decide: they may come quantized
     check_through_quantizer(through, QuantConfig(kind="int", solver="gptq"))
     started = LoraConfig(through_quantizer=True, through_start="8bit")
     with pytest.raises(ValueError, match="8bit is for fewer bits"):
