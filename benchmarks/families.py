@@ -59,8 +59,8 @@ from dist_peft.store.reader import RowReader
 CPU = torch.device("cpu")
 TOKENS = 24
 EXPORTED = """
-llama llama4 mistral3 qwen2 qwen3 qwen3_moe qwen3_vl gemma3_text gemma3 gemma4 phi3 mixtral
-deepseek_v3 gpt_oss glm4_moe granitemoe nemotron_h bamba olmo_hybrid kimi_linear
+llama llama4 mistral3 qwen2 qwen3 qwen3_moe qwen3_vl qwen3_vl_moe gemma3_text gemma3 gemma4 phi3
+mixtral deepseek_v3 gpt_oss glm4_moe granitemoe nemotron_h bamba olmo_hybrid kimi_linear
 """
 """Types of which every format is written and loaded."""
 

@@ -58,6 +58,20 @@ SMALL: dict[int, str] = {
 }
 _SIZES: dict[str, Any] = {name: size for size, names in SMALL.items() for name in names.split()}
 _SIZES |= {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [1]}
+_WIDE_TYPES = """
+bamba deepseek_v3 gemma3_text gemma4_text glm4_moe gpt_oss granitemoe kimi_linear llama
+llama4_text mistral mixtral nemotron_h olmo_hybrid phi3 qwen2 qwen3 qwen3_moe qwen3_vl_moe_text
+qwen3_vl_text
+"""
+"""Types, or those of their text models, of which every export is loaded."""
+
+_WIDE: dict[str, Any] = dict.fromkeys(SMALL[96].split(), 128)
+_WIDE |= dict.fromkeys(SMALL[32].split(), 64)
+_WIDE |= {"qk_rope_head_dim": 32, "mamba_n_heads": 32, "mamba_num_heads": 32}
+_WIDE |= {"mamba_d_head": 4, "mamba_head_dim": 4}
+"""Sizes of these: kernels of bitsandbytes on a CPU want in_features that are multiples of 64 and
+out_features that are multiples of 32."""
+
 _PER_TYPE: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16, "num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
@@ -133,7 +147,8 @@ def _small(default: PretrainedConfig, kind: str) -> dict[str, Any]:
     given = default.to_dict()
     always = ("head_dim", "num_key_value_heads")
     known = {k for k, v in given.items() if v is not None or k in always}
-    changes = {k: v for k, v in _SIZES.items() if k in known}
+    sizes = _SIZES | (_WIDE if kind in _WIDE_TYPES.split() else {})
+    changes = {k: v for k, v in sizes.items() if k in known}
     if given.get("head_dim") is not None and "qk_rope_head_dim" in given:
         changes["head_dim"] = changes["qk_rope_head_dim"]
     if "kv_lora_rank" in given and "num_key_value_heads" in given:  # multi-head latent attention

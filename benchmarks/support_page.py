@@ -37,8 +37,10 @@ llama.cpp (xllamacpp) or transformers. A dash: not run, or refused ([below](#for
 
 Errors over the change by training, by the format's library; 8 bits in groups of 32 where a format
 has a choice, `fp8` in tiles of 32 x 32. `gptq` and `awq` were written and not loaded here
-([export.md](export.md#formats) has figures). n/v: not verified, as bitsandbytes does not compute
-with rows of 96 on this CPU. Text: the library's message.
+([export.md](export.md#formats) has figures). n/v: not verified, as kernels of bitsandbytes on this
+CPU compute with multiples of 64 columns and of 32 rows only, which a linear of the small model has
+not. Text: the library's message. Experts of some types stay dense
+([export.md](export.md#mixtures-and-classifiers-by-format)).
 
 | type | {formats} |
 |---|{dashes}

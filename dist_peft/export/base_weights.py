@@ -1,6 +1,7 @@
 """The tensors of a base as an export sees them: names, shapes, and the linear they belong to."""
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,17 @@ from dist_peft.model.skeleton import Skeleton
 from dist_peft.quant.codec import Codec
 from dist_peft.store.format import TensorSpec
 
-__all__ = ["BaseWeight", "list_base_weights", "name_by_modules", "split_stacks"]
+__all__ = [
+    "BaseWeight",
+    "join_parts",
+    "list_base_weights",
+    "name_as_linears",
+    "name_as_published",
+    "name_by_modules",
+    "split_stacks",
+]
+
+_PART = re.compile(r"_part_\d+$")
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,9 @@ class BaseWeight:
         wide: output type of a tensor that must not be rounded to 16 bits; None: the format's type.
         is_part: it is one expert's part of a tensor that has all of them (``split_stacks``).
         is_flat: it is a matrix in the files, one more row of which is in ``info``.
+        is_dense: an expert's that the format leaves in the run's compute type.
+        joined: first row in the written tensor, and that tensor's rows, where it has several
+            tensors of the base (``join_parts``); None: it is this one.
     """
 
     info: TensorSpec
@@ -46,6 +60,8 @@ class BaseWeight:
     wide: torch.dtype | None = None
     is_part: bool = False
     is_flat: bool = False
+    is_dense: bool = False
+    joined: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +92,24 @@ class BaseWeight:
     def module_path(self) -> str:
         """Path of the module that owns the weight."""
         return self.path.rpartition(".")[0]
+
+    @property
+    def experts_path(self) -> str:
+        """Path of the module of all experts that this weight of one or of several belongs to."""
+        return self.module_path.rpartition(".")[0]
+
+    @property
+    def first_written_row(self) -> int:
+        """Row of the written tensor that corresponds to row 0."""
+        return 0 if self.joined is None else self.joined[0]
+
+    def plan_dense_tensors(self, dtype: torch.dtype) -> list[TensorSpec]:
+        """Return the tensor that the weight is written as without packing; of several that are one
+        tensor, the first has it."""
+        if self.joined is None:
+            return [TensorSpec(self.written, dtype, self.written_shape)]
+        first, rows = self.joined
+        return [TensorSpec(self.written, dtype, (rows, *self.info.shape[1:]))] * (first == 0)
 
     @property
     def num_rows(self) -> int:
@@ -163,12 +197,47 @@ def list_base_weights(skeleton: Skeleton, trained_names: Collection[str] = ()) -
     return found
 
 
-def split_stacks(weights: Sequence[BaseWeight], skeleton: Skeleton) -> list[BaseWeight]:
-    """Return the weights with a tensor of all experts in parts, one for each expert and projection,
-    under the names that ``transformers`` gives them in files.
+NamedRows = list[tuple[str, Span]]
+"""Names of tensors, and the rows of a stack that each has, in the order of rows."""
+
+
+def name_as_published(weight: BaseWeight, skeleton: Skeleton) -> NamedRows | None:
+    """Return the names that ``transformers`` gives the parts of a stack in files, if it has any."""
+    stack = weight.linear
+    assert isinstance(stack, ExpertStack)
+    return list_expert_names(skeleton.model, weight.module_path, stack.experts, stack.out_features)
+
+
+def name_as_linears(weight: BaseWeight, skeleton: Skeleton) -> NamedRows:
+    """Return the names of a model whose experts are linears of their own, such as
+    ``feed_forward.experts.3.gate_proj.weight``; rows of an expert's gate are before those of up."""
+    stack = weight.linear
+    assert isinstance(stack, ExpertStack)
+    own = weight.module_path.rpartition(".")[2]
+    renamed = not weight.written.endswith(f".{own}")  # Granite: input_linear.weight
+    owner = weight.experts_path if renamed else weight.written.removesuffix(f".{own}")
+    names = ("gate_proj", "up_proj") if own == "gate_up_proj" else (own,)
+    rows = stack.out_features // len(names)
+    return [
+        (f"{owner}.{expert}.{name}.weight", Span(first, first + rows))
+        for expert in range(stack.experts)
+        for number, name in enumerate(names)
+        for first in (expert * stack.out_features + number * rows,)
+    ]
+
+
+def split_stacks(
+    weights: Sequence[BaseWeight],
+    skeleton: Skeleton,
+    name_rows: Callable[[BaseWeight, Skeleton], NamedRows | None] = name_as_published,
+) -> list[BaseWeight]:
+    """Return the weights with a tensor of all experts in parts, one for each expert and projection.
+
+    Args:
+        name_rows: ``name_as_published`` or ``name_as_linears``.
 
     Raises:
-        UserError: ``transformers`` has no names of single experts for the model.
+        UserError: there are no names of single experts for the model.
     """
     found: list[BaseWeight] = []
     for weight in weights:
@@ -176,8 +245,7 @@ def split_stacks(weights: Sequence[BaseWeight], skeleton: Skeleton) -> list[Base
         if not isinstance(stack, ExpertStack) or len(stack.pieces) >= stack.experts:
             found.append(weight)
             continue
-        full = weight.module_path
-        pieces = list_expert_names(skeleton.model, full, stack.experts, stack.out_features)
+        pieces = name_rows(weight, skeleton)
         if pieces is None:
             raise UserError(
                 f"{skeleton.index.path} has the experts stacked, and transformers has no names of "
@@ -189,18 +257,51 @@ def split_stacks(weights: Sequence[BaseWeight], skeleton: Skeleton) -> list[Base
     return found
 
 
+def join_parts(weights: Sequence[BaseWeight]) -> list[BaseWeight]:
+    """Return the weights with the parts of a joined one (``model.joined_weights``) as rows of one
+    tensor, under the name that the model of ``transformers`` has for it.
+
+    ``transformers`` drops such parts where it dequantizes compressed-tensors' packed formats, and
+    loads the whole.
+    """
+    rows: dict[str, dict[str, int]] = {}
+    for weight in weights:
+        stem = _PART.sub("", weight.path)
+        if stem != weight.path:
+            rows.setdefault(stem, {})[weight.path] = weight.num_rows
+    found = []
+    for weight in weights:
+        stem = _PART.sub("", weight.path)
+        if stem == weight.path:
+            found.append(weight)
+            continue
+        number = _number_part(weight.path)
+        first = sum(count for path, count in rows[stem].items() if _number_part(path) < number)
+        name = ".".join([weight.written.rsplit(".", 2)[0], *stem.rsplit(".", 2)[1:]])
+        found.append(replace(weight, written=name, joined=(first, sum(rows[stem].values()))))
+    return found
+
+
+def _number_part(path: str) -> int:
+    return int(path.rpartition("_")[2])
+
+
 def name_by_modules(weights: Sequence[BaseWeight]) -> list[BaseWeight]:
     """Return the weights with the names of a model whose experts are linears, each its own.
 
     gptqmodel builds such a model and saves its names, ``mlp.experts.3.gate_proj``, whichever names
-    the published files of the family have (Mixtral: ``block_sparse_moe.experts.3.w1``).
+    the published files of the family have (Mixtral: ``block_sparse_moe.experts.3.w1``). It builds
+    the whole of a model with towers, whose text model has a prefix in the files (Llama 4).
     """
-    return [replace(weight, written=_find_module_name(weight)) for weight in weights]
+    embeddings = [w for w in weights if w.path.endswith("embed_tokens.weight")]
+    prefixes = [w.written.removesuffix(w.path) for w in embeddings if w.written.endswith(w.path)]
+    prefix = prefixes[0] if prefixes else ""
+    return [replace(weight, written=_find_module_name(weight, prefix)) for weight in weights]
 
 
-def _find_module_name(weight: BaseWeight) -> str:
+def _find_module_name(weight: BaseWeight, prefix: str) -> str:
     stack = weight.linear
-    if not isinstance(stack, ExpertStack):
-        return weight.path
-    expert, name = weight.find_expert()
-    return f"{weight.module_path.rpartition('.')[0]}.{expert}.{name}.weight"
+    if isinstance(stack, ExpertStack):
+        expert, name = weight.find_expert()
+        return f"{prefix}{weight.experts_path}.{expert}.{name}.weight"
+    return weight.written if weight.written.endswith(weight.path) else f"{prefix}{weight.path}"

@@ -155,8 +155,8 @@ class MergedWeights:
     def is_packable(self, weight: BaseWeight) -> bool:
         """Return whether a format may pack this weight: that of a block's linear, and in the
         states of codes one with codes (a prequantized base can have others)."""
-        if self.state not in _PACKED_STATES:
-            return weight.is_block_linear
+        if weight.is_dense or self.state not in _PACKED_STATES:
+            return weight.is_block_linear and not weight.is_dense
         if self.state == "codes":
             return self._has_affine_parts(weight)
         codec = weight.codec
@@ -191,7 +191,8 @@ class MergedWeights:
     def _read_merged_rows(self, weight: BaseWeight, span: Span) -> Tensor:
         linear = weight.linear
         if self.state in _PACKED_STATES and self._has_affine_parts(weight):
-            return dequantize_affine_parts(self.read_affine_parts(weight, span), weight.num_columns)
+            parts = self.read_affine_parts(weight, span)
+            return weight.to_stored_shape(dequantize_affine_parts(parts, weight.num_columns))
         adapted = self.is_adapted(weight) and self.state != "base"
         # includes the head: PiSSA subtracts its initial factors although it is not quantized
         as_trained = self.state in ("decoded", "base", "trained")

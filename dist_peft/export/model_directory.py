@@ -114,12 +114,10 @@ def write_model_directory(
     packed = {w.name for w in walk.weights if packer and walk.is_packable(w) and packer.can_pack(w)}
     plans: dict[str, list[TensorSpec]] = {}
     for weight in walk.weights:
-        info = weight.info
         if packer is not None and weight.name in packed:
             plans[weight.name] = packer.plan_tensors(weight)
         else:
-            kind = (weight.wide or dtype) if info.dtype.is_floating_point else info.dtype
-            plans[weight.name] = [TensorSpec(weight.written, kind, weight.written_shape)]
+            plans[weight.name] = weight.plan_dense_tensors(_choose_dtype(weight, dtype))
     specs = [spec for plan in plans.values() for spec in plan]
     with StreamWriter(out, specs, max_file_bytes) as writer, keep_freed_memory():
 
@@ -131,13 +129,13 @@ def write_model_directory(
                     if stop():
                         return
                 return
-            kind = plans[weight.name][0].dtype
+            kind, first = _choose_dtype(weight, dtype), weight.first_written_row
             for span in walk.iterate_spans(weight):
                 rows = walk.read_merged_rows(weight, span)
                 if compute is not None and rows.is_floating_point() and not weight.wide:
                     rows = rows.to(compute)
                 rows, start = weight.to_written_rows(rows.to(kind), span.start)
-                writer.write_rows(weight.written, rows, start)
+                writer.write_rows(weight.written, rows, first + start)
                 if stop():
                     return
 
@@ -154,15 +152,23 @@ def write_model_directory(
     return WriteResult(len(specs), len(packed), merged, size, left)
 
 
+def _choose_dtype(weight: BaseWeight, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a weight that is not packed, where floating-point ones have ``dtype``."""
+    own = weight.info.dtype
+    return (weight.wide or dtype) if own.is_floating_point else own
+
+
 def list_unpacked_linears(walk: MergedWeights, left: Iterable[str]) -> list[str]:
-    """Return paths of linears that a loader must not convert: those outside blocks and ``left``."""
+    """Return paths of modules that a loader must not convert: linears outside blocks, ``left``, and
+    experts that stay dense."""
     inside = {w.module_path for w in walk.weights if w.is_block_linear}
     outside = [
         path
         for path, module in walk.skeleton.model.named_modules()
         if isinstance(module, nn.Linear | FrozenLinear) and path not in inside
     ]
-    return [*outside, *left]
+    experts = dict.fromkeys(w.experts_path for w in walk.weights if w.is_dense)
+    return [*outside, *left, *experts]
 
 
 def describe_written_model(walk: MergedWeights, directory: Path, *, code: bool) -> dict[str, Any]:

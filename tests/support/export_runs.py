@@ -194,6 +194,20 @@ def mixture(family: str) -> tf.PretrainedConfig:
     return tf.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=96, norm_topk_prob=True)
 
 
+def stacked_mixture(family: str) -> tf.PretrainedConfig:
+    """A mixture whose files have the experts stacked, without names of single ones: ``granitemoe``,
+    ``llama4_text`` or ``gpt_oss``, the latter two transposed."""
+    settings = {**llama(intermediate_size=128).to_dict(), "num_local_experts": 4}
+    settings["initializer_range"] = 0.1  # experts matter for the logits
+    for key in ("model_type", "architectures", "dtype", "mlp_bias", "attention_bias"):
+        settings.pop(key, None)
+    if family == "granitemoe":
+        return tf.GraniteMoeConfig(**settings, num_experts_per_tok=2)
+    if family == "gpt_oss":
+        return tf.GptOssConfig(**settings, num_experts_per_tok=2)
+    return tf.Llama4TextConfig(**settings, intermediate_size_mlp=128, interleave_moe_layer_step=1)
+
+
 CONFIG = tf.LlamaConfig(
     vocab_size=97,
     hidden_size=64,

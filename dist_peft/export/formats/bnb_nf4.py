@@ -11,7 +11,7 @@ from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.export_limits import ExportContent
 from dist_peft.core.errors import UserError
 from dist_peft.export.formats.bnb_packer import BnbNf4Packer
-from dist_peft.export.formats.expert_layout import ExpertLayout
+from dist_peft.export.formats.expert_layout import LLAMA4_LINEARS, ExpertLayout
 from dist_peft.export.formats.export_format import (
     ExportForm,
     ExportOption,
@@ -43,6 +43,7 @@ class BnbNf4Export(PackedExport):
     options = (KEEP_ADAPTER,)
     experts = ExpertLayout(
         packed=False,
+        linear_types=LLAMA4_LINEARS,
         separate_limit="bitsandbytes has no experts, whose codes could not be kept",
     )
 

@@ -1,29 +1,49 @@
 """The form of a mixture's experts in a packed export: packed, dense, or none that a reader loads.
 
-Readers of packed formats know the weights of experts by the names of published files, a tensor for
-each expert and projection; a base that has them stacked is written under these names.
-``transformers`` stacks them while it loads (compressed-tensors, metal), as mlx-lm does; gptqmodel
-makes each expert three linears under names of its own; bitsandbytes replaces linears, and
-``transformers`` has no linears for experts: they stay dense.
+Readers of packed formats know the weights of experts in one of these forms:
+
+    single     by the names of published files, a tensor for each expert and projection; a base that
+               has them stacked is written under these names. ``transformers`` stacks them while it
+               loads (compressed-tensors, metal), as mlx-lm does; gptqmodel makes each expert three
+               linears under names of its own
+    stacked    a packed tensor of all experts (gpt-oss in MXFP4)
+    linears    Llama 4's, for which ``transformers`` builds a linear for each expert and projection
+               where bitsandbytes or compressed-tensors pack them
+    dense      not packed, next to packed linears: bitsandbytes replaces linears, and
+               ``transformers`` has none for other families' experts; and where the files have them
+               stacked and ``transformers`` has no names of single experts (gpt-oss, Granite, Aria,
+               Qwen3-VL-MoE), metal, fp8 and compressed-tensors read no packed stack
 """
 
 import logging
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.export.base_weights import name_by_modules, split_stacks
+from dist_peft.export.base_weights import (
+    BaseWeight,
+    name_as_linears,
+    name_as_published,
+    name_by_modules,
+    split_stacks,
+)
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import WeightPacker
 from dist_peft.model.expert_names import list_expert_names
 from dist_peft.model.experts import ExpertStack
 
-__all__ = ["ExpertLayout"]
+__all__ = ["LLAMA4_LINEARS", "ExpertForm", "ExpertLayout"]
 
 log = logging.getLogger("dist_peft")
+
+ExpertForm = Literal["single", "stacked", "linears", "dense"]
+
+LLAMA4_LINEARS = frozenset({"llama4_text"})
+"""Types whose experts ``transformers`` makes linears for bitsandbytes and compressed-tensors."""
 
 _STACKED = (
     "the base's files have the experts stacked, and transformers has no names of single experts "
@@ -38,6 +58,8 @@ class ExpertLayout:
     Attributes:
         packed: they are packed as linears are; if not, they are written in the run's compute type.
         stacked: a tensor of all experts is packed, too.
+        linear_types: types of text models whose experts the reader makes linears of their own.
+        dense_stacks: experts without names of single ones are written in the run's compute type.
         by_modules: all tensors have the names of ``base_weights.name_by_modules``.
         codes_limit: why the codes of training cannot be kept, but for those of a base that comes
             without zero points; empty: they can.
@@ -46,9 +68,23 @@ class ExpertLayout:
 
     packed: bool = True
     stacked: bool = False
+    linear_types: frozenset[str] = frozenset()
+    dense_stacks: bool = False
     by_modules: bool = False
     codes_limit: str = ""
     separate_limit: str = ""
+
+    def choose_form(self, model: Any) -> ExpertForm | None:
+        """Return the form of the experts of ``model``, a mixture; None: they have none."""
+        if model.config.get_text_config().model_type in self.linear_types:
+            return "linears"
+        if not self.packed:
+            return "dense"
+        if self.stacked:
+            return "stacked"
+        if _can_be_separate(model):
+            return "single"
+        return "dense" if self.dense_stacks else None
 
     def find_obstacle(
         self, model: nn.Module, *, codes: bool = False, separate: bool = False
@@ -63,36 +99,42 @@ class ExpertLayout:
         stacks = [module for module in model.modules() if isinstance(module, ExpertStack)]
         if not stacks:
             return None
-        if self.packed and not self.stacked and not _can_be_separate(model):
+        form = self.choose_form(model)
+        if form is None:
             return _STACKED
+        if form == "stacked" and (limit := next((s.limit for s in stacks if s.limit), "")):
+            return limit
         if separate and self.separate_limit:
             return self.separate_limit
         is_kept = codes and not separate and all(map(_has_middle_zeros, stacks))
         return self.codes_limit or None if (codes or separate) and not is_kept else None
 
-    def prepare_weights(self, walk: MergedWeights, packer: WeightPacker) -> None:
+    def prepare_weights(
+        self, walk: MergedWeights, packer: WeightPacker, dtype: torch.dtype
+    ) -> None:
         """Name the weights of a mixture before they are written.
+
+        Args:
+            dtype: type of experts that stay dense.
 
         Raises:
             UserError: the experts have no such form, or only some of them can be packed.
         """
-        experts = [weight for weight in walk.weights if weight.is_expert]
-        if not experts:
+        if not any(weight.is_expert for weight in walk.weights):
             return
-        state = walk.state
+        state, model = walk.state, walk.skeleton.model
         codes, separate = state in ("codes", "trained"), state == "base"
-        if reason := self.find_obstacle(walk.skeleton.model, codes=codes, separate=separate):
+        if reason := self.find_obstacle(model, codes=codes, separate=separate):
             raise UserError(f"{walk.skeleton.index.path} is a mixture of experts: {reason}")
-        if not self.packed:
-            log.warning(
-                "experts are written unquantized, as the readers of this format have no packed "
-                "ones; mlx and gguf pack them",
-                extra=ONCE,
-            )
-        if self.packed and not self.stacked:
-            walk.weights = split_stacks(walk.weights, walk.skeleton)
-            experts = [weight for weight in walk.weights if weight.is_expert]
-        for weight in experts if self.packed else ():
+        form = self.choose_form(model)
+        if form == "dense":
+            walk.weights = [replace(weight, is_dense=weight.is_expert) for weight in walk.weights]
+            _warn_of_dense_experts(walk.weights, dtype)
+            return
+        if form != "stacked":
+            names = name_as_linears if form == "linears" else name_as_published
+            walk.weights = split_stacks(walk.weights, walk.skeleton, names)
+        for weight in (weight for weight in walk.weights if weight.is_expert):
             if not (walk.is_packable(weight) and packer.can_pack(weight)):
                 raise UserError(
                     f"{weight.name} is an expert's with in_features {weight.num_columns}, which "
@@ -116,3 +158,17 @@ def _can_be_separate(model: Any) -> bool:
 def _has_middle_zeros(stack: ExpertStack) -> bool:
     """Return whether a stack comes packed in integers without zero points."""
     return stack.stored is not None and stack.stored.has_middle_zeros
+
+
+def _warn_of_dense_experts(weights: list[BaseWeight], dtype: torch.dtype) -> None:
+    """Log the bytes of experts that are not packed, and those of all weights before packing."""
+    sizes = [(w.is_dense, torch.Size(w.info.shape).numel() * dtype.itemsize) for w in weights]
+    dense, whole = sum(size for is_dense, size in sizes if is_dense), sum(s for _, s in sizes)
+    log.warning(
+        "experts stay unquantized, %.1f of %.1f MiB of weights in %s: readers of "
+        "this format have no packed ones of this model",
+        dense / 2**20,
+        whole / 2**20,
+        str(dtype).removeprefix("torch."),
+        extra=ONCE,
+    )

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from dist_peft.adapters.export_limits import ExportContent, ExportLimits
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.adapter_copy import write_adapter_copy
+from dist_peft.export.base_weights import join_parts
 from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.merge_record import MergeRecord
@@ -294,6 +296,10 @@ class PackedExport(ExportFormat):
     keeps_column_order: ClassVar[bool] = False
     """Whether it has columns in groups in another order than theirs (act-order)."""
 
+    joins_parts: ClassVar[bool] = False
+    """Whether tensors that the model has in one are written as one
+    (``base_weights.join_parts``)."""
+
     consumer: ClassVar[Consumer]
     """Library that loads the output, for the default ``verify_export``."""
 
@@ -301,14 +307,18 @@ class PackedExport(ExportFormat):
     def consumers(self) -> tuple[Consumer, ...]:
         return (self.consumer,)
 
+    def choose_experts(self, model: nn.Module, options: Options) -> ExpertLayout:
+        """Return the form of experts in the output of ``model`` with these options."""
+        return self.experts
+
     def find_obstacle(self, run: PlannedExport, options: Options) -> str | None:
         if reason := super().find_obstacle(run, options):
             return reason
         content = self.get_run_content(options, run.limits)
         codes = run.limits.trained_codes or run.limits.fits_zero_points
-        if reason := self.experts.find_obstacle(
-            run.skeleton.model, codes=codes, separate=content == "separate"
-        ):
+        model = run.skeleton.model
+        layout = self.choose_experts(model, options)
+        if reason := layout.find_obstacle(model, codes=codes, separate=content == "separate"):
             return f"the base is a mixture of experts: {reason}"
         if (codes or content == "separate") and not self.keeps_column_order:
             modules = run.skeleton.model.modules()
@@ -357,7 +367,10 @@ class PackedExport(ExportFormat):
             with job.open_weights(state) as walk:
                 if reason := _find_linear_obstacle(walk.skeleton):
                     raise UserError(f"{job.directory} is not written as {self.name}: {reason}")
-                self.experts.prepare_weights(walk, packer)
+                layout = self.choose_experts(walk.skeleton.model, job.options)
+                layout.prepare_weights(walk, packer, dtype)
+                if self.joins_parts:
+                    walk.weights = join_parts(walk.weights)
                 if not self.keeps_column_order and any(map(walk.find_column_order, walk.weights)):
                     raise UserError(f"{job.directory} is not written as {self.name}: {ACT_ORDER}")
                 written = write_model_directory(walk, packer, out, dtype, compute=job.compute_dtype)

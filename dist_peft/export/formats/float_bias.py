@@ -26,6 +26,7 @@ import torch
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.export_format import (
     BITS,
     GROUP_SIZE,
@@ -263,6 +264,7 @@ class HfMetalExport(_FloatBiasExport):
     name = "hf-metal"
     keeps = "QA-LoRA: codes, scales, float32 biases. LoRA: merged, 2/4/8 bits"
     loads_with = "transformers, CPU or Apple GPU"
+    experts = ExpertLayout(dense_stacks=True)
     packer = HfMetalPacker
     consumer = TransformersConsumer(
         needs=("accelerate",),

@@ -20,15 +20,17 @@ Activations are not rounded by these settings on a CPU; kernels of GPUs round th
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_peft.adapters.export_limits import ExportContent
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.expert_layout import LLAMA4_LINEARS, ExpertLayout
 from dist_peft.export.formats.export_format import (
     GROUP_SIZE,
     ExportOption,
@@ -158,10 +160,16 @@ class Fp8Export(TwoLayoutsExport):
     keeps = "merged, rounded to FP8; codes that were trained through the quantizer"
     loads_with = "transformers"
     options = (SCALES, GROUP_SIZE)
+    experts = ExpertLayout(dense_stacks=True)
     by_method: ClassVar[Mapping[str, Consumer]] = {
         "fp8": _TILES,
         "compressed-tensors": COMPRESSED_TENSORS,
     }
+
+    def choose_experts(self, model: nn.Module, options: Mapping[str, Any]) -> ExpertLayout:
+        """Return the form; ``transformers`` makes linears of Llama 4's for compressed-tensors."""
+        by_row = LLAMA4_LINEARS if options.get(SCALES.key) == "row" else frozenset()
+        return replace(self.experts, linear_types=by_row)
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
         """Return ``merged``."""

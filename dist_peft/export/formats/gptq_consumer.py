@@ -3,7 +3,8 @@
 ``transformers`` 5.24 with gptqmodel 7.7 builds a mixture's experts as stacks, finds no tensor for
 them in such a directory and leaves them uninitialized, without an error. gptqmodel's own loader
 makes each expert three linears first (``mlp.experts.3.gate_proj``) and reads them. It computes in
-16 bits.
+16 bits. It makes linears of Granite's too, and reads none of them: these stay
+dense, as ``transformers`` reads them.
 """
 
 from pathlib import Path
@@ -51,6 +52,8 @@ _OWN_LOADER = ProcessConsumer("gptqmodel", run_gptqmodel, *_INSTALLED)
 
 GPTQ_EXPERTS = ExpertLayout(
     by_modules=True,
+    linear_types=frozenset({"llama4_text", "qwen3_vl_moe_text"}),
+    dense_stacks=True,
     separate_limit="gptqmodel's loader of experts takes no adapter of PEFT for them, and "
     "transformers leaves such experts uninitialized; add --merge --lossy",
 )

@@ -71,7 +71,7 @@ class KeptNf4Packer:
     def can_pack(self, weight: BaseWeight) -> bool:
         """Return whether blocks of bitsandbytes divide the rows of this NF4 weight."""
         has_codes = weight.codec is not None and weight.codec.nf4_rows is not None
-        return has_codes and not weight.is_expert and weight.num_columns % self.block == 0
+        return has_codes and weight.num_columns % self.block == 0
 
     def check_packable(self, walk: MergedWeights) -> None:
         """Check, before anything is written, that the codes of every linear can be kept.

@@ -5,7 +5,8 @@ Two layouts hold the same codes and exponents, by the model:
     gpt-oss, quant_method mxfp4: experts alone, whose parameter NAME is [E, in, out] unquantized
            NAME_blocks    uint8 [E, out, in / 32, 16]   two codes a byte, the even one low
            NAME_scales    uint8 [E, out, in / 32]       exponents, 127 added
-    other models: compressed-tensors, format mxfp4-pack-quantized, linears and experts
+    other models: compressed-tensors, format mxfp4-pack-quantized, linears, experts as
+           ``expert_layout`` has them
            weight_packed  uint8 [out, in / 2]
            weight_scale   uint8 [out, in / 32]
 
@@ -14,16 +15,17 @@ quantizer, and those of weights that an adapter does not change, are copied.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_peft.adapters.export_limits import ExportContent
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
-from dist_peft.export.formats.expert_layout import ExpertLayout
+from dist_peft.export.formats.expert_layout import LLAMA4_LINEARS, ExpertLayout
 from dist_peft.export.formats.export_format import PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.two_layouts import COMPRESSED_TENSORS, TwoLayoutsExport
@@ -145,11 +147,16 @@ class Mxfp4Export(TwoLayoutsExport):
     name = "mxfp4"
     keeps = "merged, rounded to MXFP4; codes of MXFP4 that are not adapted or were trained"
     loads_with = "transformers with compressed-tensors"
-    experts = ExpertLayout(stacked=True)
+    joins_parts = True
+    experts = ExpertLayout(linear_types=LLAMA4_LINEARS, dense_stacks=True)
     by_method: ClassVar[Mapping[str, Consumer]] = {
         "mxfp4": _GPT_OSS,
         "compressed-tensors": COMPRESSED_TENSORS,
     }
+
+    def choose_experts(self, model: nn.Module, options: Mapping[str, Any]) -> ExpertLayout:
+        """Return the form: stacks of gpt-oss, whose linears stay dense."""
+        return replace(self.experts, stacked=_is_gpt_oss(model))
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
         """Return ``merged``."""
@@ -158,8 +165,7 @@ class Mxfp4Export(TwoLayoutsExport):
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
         if run.limits.trained_codes and run.codec.mxfp4_rows is None:
             return "the codes that are trained are not of base.quant.kind mxfp4"
-        stacks = [m for m in run.skeleton.model.modules() if isinstance(m, ExpertStack)]
-        return _find_stack_obstacle(stacks)
+        return None
 
     def write_export(self, job: ExportSpec) -> ExportResult:
         trained = job.trained_codes
@@ -172,24 +178,13 @@ class Mxfp4Export(TwoLayoutsExport):
         state = "trained" if trained else job.rows_state
         job.check_output()
         with job.open_weights(state) as walk:
-            stacks = [w.linear for w in walk.weights if isinstance(w.linear, ExpertStack)]
-        if reason := _find_stack_obstacle(stacks):
-            raise UserError(f"{job.directory} is not written as mxfp4: {reason}")
-        as_gpt_oss = any(stack.is_transposed for stack in stacks)
+            as_gpt_oss = _is_gpt_oss(walk.skeleton.model)
         packer = Mxfp4StackPacker() if as_gpt_oss else CompressedMxfp4Packer()
         layout = "experts as gpt-oss has them" if as_gpt_oss else "mxfp4-pack-quantized"
         how = f"{'the trained codes' if trained else 'merged, rounded to nearest'}: {layout}"
         return self.write_directory(job, state, packer, how, exact=trained)
 
 
-def _find_stack_obstacle(stacks: list[ExpertStack]) -> str | None:
-    """Return why experts have neither of the two layouts; None: they have one, or there are
-    none."""
-    if limit := next((stack.limit for stack in stacks if stack.limit), ""):
-        return limit
-    if any(len(stack.pieces) < stack.experts and not stack.is_transposed for stack in stacks):
-        return (
-            "its experts are stacked in the files and not as gpt-oss has them; write the base with "
-            "transformers' save_pretrained first, which gives each its tensors"
-        )
-    return None
+def _is_gpt_oss(model: Any) -> bool:
+    """Return whether ``transformers`` reads ``quant_method: mxfp4`` for this model."""
+    return bool(model.config.get_text_config().model_type == "gpt_oss")

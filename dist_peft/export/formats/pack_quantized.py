@@ -21,7 +21,7 @@ from torch import Tensor
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
-from dist_peft.export.formats.expert_layout import ExpertLayout
+from dist_peft.export.formats.expert_layout import LLAMA4_LINEARS, ExpertLayout
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.groups import pack_code_words
 from dist_peft.export.formats.integer_zero import (
@@ -170,9 +170,12 @@ class CompressedTensorsExport(IntegerZeroExport):
         quantization=("CompressedTensorsConfig", {"dequantize": True}),
     )
 
+    joins_parts = True
     experts = ExpertLayout(
+        linear_types=LLAMA4_LINEARS,
+        dense_stacks=True,
         codes_limit="transformers reads experts of compressed-tensors without zero points, which "
-        "an integer base has; --merge --lossy quantizes symmetrically, and mlx keeps codes"
+        "an integer base has; --merge --lossy quantizes symmetrically, and mlx keeps codes",
     )
 
     def write_directory(

@@ -8,15 +8,30 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GraniteMoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+)
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
 from dist_peft.core.errors import UserError
 from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.registry import FORMATS, export_model
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.model.skeleton import build_skeleton
-from tests.support.export_runs import FakeRun, fork_consumers, llama, make_run, mixture
+from tests.support.export_runs import (
+    FakeRun,
+    fork_consumers,
+    make_run,
+    mixture,
+    stacked_mixture,
+)
 from tests.support.packed import unpack
 
 
@@ -70,17 +85,129 @@ def test_stacked_experts_are_written_as_the_published_files_have_them(
     assert all(torch.equal(found["stacked"][key], value) for key, value in found["apart"].items())
 
 
-def test_stacks_without_names_of_single_experts_are_packed_by_no_format(tmp_path: Path) -> None:
-    """Those that leave experts dense write them as the files have them."""
-    config = GraniteMoeConfig(**{**llama().to_dict(), "num_local_experts": 4, "model_type": None})
-    run = make_run(tmp_path / "run", None, config=config)
-    skeleton = build_skeleton(run.base, run.directory)
-    found = ExpertLayout().find_obstacle(skeleton.model)
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FakeRun]:
+    root = tmp_path_factory.mktemp("stacks")
+    return {
+        name: make_run(root / name, None, config=stacked_mixture(name))
+        for name in ("granitemoe", "gpt_oss", "llama4_text")
+    }
+
+
+def test_forms_of_stacks_without_names_of_single_experts(
+    stacks: dict[str, FakeRun], tmp_path: Path
+) -> None:
+    run = stacks["granitemoe"]
+    model = build_skeleton(run.base, run.directory).model
+    found = ExpertLayout().find_obstacle(model)
     assert found is not None and "have the experts stacked" in found
-    assert ExpertLayout(packed=False).find_obstacle(skeleton.model) is None
+    assert ExpertLayout(packed=False).choose_form(model) == "dense"
+    assert ExpertLayout(dense_stacks=True).choose_form(model) == "dense"
+    assert ExpertLayout(stacked=True, dense_stacks=True).choose_form(model) == "stacked"
+    assert ExpertLayout(linear_types=frozenset({"granitemoe"})).choose_form(model) == "linears"
+    assert ExpertLayout(dense_stacks=True).find_obstacle(model) is None
     with pytest.raises(UserError, match="is a mixture of experts: the base's files have"):
         export_model("mlx", run.job(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+WHOLE = CompressedTensorsConfig(dequantize=True)
+DENSE: dict[str, dict[str, Any]] = {
+    "hf-metal": {"bits": 8, "group_size": 32},
+    "compressed-tensors": {"merge": True, "lossy": True, "bits": 8, "group_size": 32},
+    "fp8": {"group_size": 32},
+    "mxfp4": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("granitemoe", name) for name in DENSE), ("gpt_oss", "hf-metal")]
+)
+def test_experts_stay_dense_next_to_packed_linears(
+    family: str,
+    name: str,
+    stacks: dict[str, FakeRun],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """transformers loads both; the log has the bytes of 2 blocks of 4 experts."""
+    run = stacks[family]
+    exported = export_model(name, run.job(tmp_path / "out", **DENSE[name]))
+    assert exported.written.packed == 2 * 4
+    limit = 4 if family == "gpt_oss" else {"fp8": 1.2, "mxfp4": 3}.get(name, 0.3)
+    assert run.verify(name, exported)[1].relative < limit  # without the experts: 13.5 and 3.9
+    size = 2 * 4 * (3 * 64 * 128) * 4 / 2**20
+    assert f"experts stay unquantized, {size:.1f} of " in caplog.text
+    given = load_file(run.directory / "model.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    own = [key for key in given if "experts." in key or "_linear" in key]
+    assert own and all(torch.equal(given[key], written[key]) for key in own)
+    how = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    left = how.get("ignore") or how["modules_to_not_convert"]
+    assert sum(path.endswith(".experts") for path in left) == 2
+
+
+LINEARS: dict[str, tuple[dict[str, Any], float]] = {
+    "compressed-tensors": (DENSE["compressed-tensors"], 0.01),
+    "fp8": ({"scales": "row"}, 0.04),
+    "mxfp4": ({}, 0.15),
+    "bnb-nf4": ({}, 0.12),
+}
+"""Format -> options, and the largest error of a matrix relative to its norm."""
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_experts_of_llama_4_are_packed_as_linears(
+    name: str, stacks: dict[str, FakeRun], tmp_path: Path
+) -> None:
+    """As llm-compressor publishes them: transformers builds linears for these formats."""
+    run, (settings, limit) = stacks["llama4_text"], LINEARS[name]
+    exported = export_model(name, run.job(tmp_path / "out", **settings))
+    assert exported.written.packed == 2 * (4 + 3 + 3 * 4)
+    method = {} if name == "bnb-nf4" else {"quantization_config": WHOLE}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu", **method)
+    stem = "model.layers.1.feed_forward.experts"
+    given = load_file(run.directory / "model.safetensors")
+    gate, up = given[f"{stem}.gate_up_proj"][3].T.chunk(2)
+    wanted = {"gate_proj": gate, "up_proj": up, "down_proj": given[f"{stem}.down_proj"][3].T}
+    for own, rows in wanted.items():
+        linear = loaded.get_submodule(f"{stem}.3.{own}")
+        found = linear.weight
+        if name == "bnb-nf4":
+            assert isinstance(linear, Linear4bit)
+            found = dequantize_4bit(found.data, found.quant_state)
+        assert (found - rows).norm() < limit * rows.norm()
+    with torch.no_grad():
+        assert loaded.eval()(input_ids=run.probe.input_ids).logits.isfinite().all()
+
+
+def test_bitsandbytes_packs_no_other_experts(mixtral: FakeRun) -> None:
+    """transformers quantizes linears alone, while it loads too."""
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        mixtral.directory, quantization_config=how, device_map="cpu"
+    )
+    experts = loaded.model.layers[0].mlp.experts.down_proj
+    assert type(experts) is torch.nn.Parameter and experts.is_floating_point()
+    assert isinstance(loaded.model.layers[0].self_attn.q_proj, Linear4bit)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_gpus_build_the_modules_that_fp8_is_written_for(
+    family: str, stacks: dict[str, FakeRun], tmp_path: Path
+) -> None:
+    """There transformers keeps FP8, and replaces linears and experts that are not excluded."""
+    export_model("fp8", stacks[family].job(tmp_path / "out", group_size=32))
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    how = FineGrainedFP8Config(**config.quantization_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    left = how.modules_to_not_convert
+    built = replace_with_fp8_linear(model, left, how, pre_quantized=True)
+    wanted = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in written.items()} == wanted
+    assert any(name.endswith("weight_scale_inv") for name in wanted)
 
 
 def test_experts_are_all_packed_or_none(qwen: FakeRun, tmp_path: Path) -> None:

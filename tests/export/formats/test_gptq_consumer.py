@@ -11,7 +11,7 @@ from dist_peft.export.formats.registry import export_model
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Probe
 from dist_peft.export.verify_formats import ConsumerRequest, ProcessConsumer
-from tests.support.export_runs import make_run, mixture
+from tests.support.export_runs import make_run, mixture, stacked_mixture
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,26 @@ def test_experts_are_read_by_gptqmodels_own_loader(
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_gptqmodel_computes_with_experts(name: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path, None, config=mixture("mixtral"))
+@pytest.mark.parametrize(
+    ("name", "family", "packed", "limit"),
+    [
+        ("gptq", "mixtral", 32, 0.1),
+        ("awq", "mixtral", 32, 0.9),
+        ("gptq", "llama4_text", 38, 1),  # without the experts: 3.7
+        ("gptq", "granitemoe", 8, 1),  # 3.9
+        ("gptq", "gpt_oss", 8, 6),  # 13.5
+    ],
+)
+def test_gptqmodel_computes_with_experts(
+    name: str, family: str, packed: int, limit: float, tmp_path: Path
+) -> None:
+    """Stacks are written as the linears that gptqmodel makes of them, others stay dense."""
+    config = mixture(family) if family == "mixtral" else stacked_mixture(family)
+    run = make_run(tmp_path, None, config=config)
     settings = {"merge": True, "lossy": True, "bits": 8} if name == "gptq" else {}
     exported = export_model(name, run.job(tmp_path / "out", **settings, group_size=32))
+    assert exported.written.packed == packed
     try:
-        assert run.verify(name, exported)[1].relative < (0.1 if name == "gptq" else 0.9)
+        assert run.verify(name, exported)[1].relative < limit
     except VerificationSkipped as error:
         pytest.skip(str(error))

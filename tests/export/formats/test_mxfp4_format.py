@@ -57,6 +57,16 @@ def test_a_merge_of_gpt_oss_is_written_as_it_is_published(tmp_path: Path) -> Non
     assert run.verify("mxfp4", exported)[1].relative < 1e-5
 
 
+def test_experts_of_mxfp4_are_written_dense_where_no_reader_has_packed_ones(
+    tmp_path: Path,
+) -> None:
+    base = save_mxfp4(save_tokenized(GPT_OSS, tmp_path / "plain"), tmp_path / "mxfp4")
+    run = gpt_oss_run(tmp_path, base)
+    exported = export_model("hf-metal", run.job(tmp_path / "out", bits=8, group_size=32))
+    assert exported.written.packed == 2 * 4
+    assert run.verify("hf-metal", exported)[1].relative < 0.05
+
+
 def test_experts_in_bfloat16_are_rounded(tmp_path: Path) -> None:
     plain = save_tokenized(GPT_OSS, tmp_path / "plain")
     run = gpt_oss_run(tmp_path, plain)

@@ -1,5 +1,6 @@
 """pack-quantized, decoded by compressed-tensors."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from dist_peft.core.errors import UserError
 from dist_peft.export.formats.groups import pack_code_words
 from dist_peft.export.formats.pack_quantized import quantize_symmetrically
 from dist_peft.export.formats.registry import export_model
-from tests.support.export_runs import decode_base, make_run, mixture
+from tests.support.export_runs import VOCABULARY, decode_base, make_run, mixture
+from tests.support.tiny_models import JOINED
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -74,3 +76,23 @@ def test_experts_with_zeros_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without zero points"):
         export_model("compressed-tensors", run.job(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif("olmo_hybrid" not in JOINED, reason="this transformers has no such type")
+@pytest.mark.parametrize("name", ["compressed-tensors", "mxfp4"])
+def test_a_convolution_in_three_tensors_is_written_as_one(name: str, tmp_path: Path) -> None:
+    """transformers drops the three where it dequantizes packed formats, and loads the one."""
+    config = copy.deepcopy(JOINED["olmo_hybrid"])
+    config.vocab_size = VOCABULARY
+    run = make_run(tmp_path, None, config=config)
+    settings = {"merge": True, "lossy": True, "bits": 8, "group_size": 32}
+    exported = export_model(name, run.job(tmp_path / "out", **settings))
+    assert run.verify(name, exported)[1].relative < (0.1 if "comp" in name else 1)
+    given, written = (
+        load_file(directory / "model.safetensors")
+        for directory in (run.directory, tmp_path / "out")
+    )
+    stem = "model.layers.0.linear_attn"
+    parts = [given[f"{stem}.{own}_conv1d.weight"] for own in "qkv"]
+    assert torch.equal(written[f"{stem}.conv1d.weight"], torch.cat(parts))
+    assert f"{stem}.q_conv1d.weight" not in written
