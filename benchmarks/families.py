@@ -14,7 +14,9 @@ towers where it is published with some. In float32 on the CPU, with a time limit
     merge     ``dist-peft merge``, loaded by transformers: error over the change by training
     gguf      the same of an export in F16, loaded by llama.cpp; other formats for ``EXPORTED``
 
-A type is not tried where its small configuration or transformers' own forward fails. The classes
+Where transformers does not build a type or does not predict from text alone, the refusal here is
+the row; without one the type is not tried. A type whose files are refused as published, with the
+advice to write them converted, is tried so. A few towers want timm and scipy. The classes
 that declare tensors to be kept in float32 are read from transformers' source, all of them, with the
 tried types that they belong to. Results: ``families.json`` and ``families.md``.
 """
@@ -35,10 +37,9 @@ from typing import Any
 import torch
 import transformers
 from common import RESULTS, machine, write_result
-from family_configs import small_config
-from family_runs import FORMATS, find_format_obstacles, save_tokenizer, try_runs
+from family_models import reference_model, save_converted, save_without_weights
+from family_runs import FORMATS, find_format_obstacles, try_runs
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -52,7 +53,6 @@ from dist_peft.core.errors import UserError
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.load import load_model
-from dist_peft.model.model_class import choose_auto_class
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader
 
@@ -73,35 +73,6 @@ def list_types() -> list[str]:
         MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     )
     return sorted({kind for table in tables for kind in table})
-
-
-def reference_model(kind: str, directory: Path) -> nn.Module:
-    """A random model, saved; norms and biases are random, too."""
-    torch.manual_seed(0)
-    config = small_config(kind)
-    size = sum(p.numel() for p in _on_meta(config).parameters())
-    if size > 1.5e8:
-        raise ValueError(f"the small configuration still has {size / 1e6:.0f} M parameters")
-    model = published_class(config).from_config(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(directory)
-    save_tokenizer(directory)
-    return model  # type: ignore[no-any-return]
-
-
-def _on_meta(config: PretrainedConfig) -> nn.Module:
-    with torch.device("meta"):
-        return published_class(config).from_config(config)  # type: ignore[no-any-return]
-
-
-def published_class(config: PretrainedConfig) -> Any:
-    """The class that saves a type as it is published: with its towers, where it has some."""
-    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return AutoModelForImageTextToText
-    return choose_auto_class({"model_type": config.model_type})
 
 
 def build_loaded(directory: Path, quant: QuantConfig | None, lora: bool) -> nn.Module:
@@ -138,15 +109,35 @@ def try_type(kind: str, directory: Path) -> dict[str, Any]:
     """What the table has of one type."""
     found: dict[str, Any] = {"type": kind}
     ids = 3 + torch.arange(TOKENS)[None] * 7 % 89
+    expected, reason = None, ""
     try:
         model = reference_model(kind, directory)
+        found["class"] = type(model).__name__
         with torch.no_grad():
             expected = model(input_ids=ids, use_cache=False).logits
-        found["class"] = type(model).__name__
     except Exception as error:
-        return {**found, "outcome": "not tried", "message": _text(error)}
+        reason = _text(error)
+        if "class" not in found:
+            save_without_weights(kind, directory)
+    row = compare(directory, ids, expected)
+    if expected is not None and "save_original_format=False" in row.get("message", ""):
+        save_converted(model, directory)
+        converted = compare(directory, ids, expected)
+        if converted["outcome"] != "refused":
+            row = {"as_published": row["message"], **converted}
+    if row["outcome"] == "not tried":
+        row["message"] = reason
+    return {**found, **row}
+
+
+def compare(directory: Path, ids: Tensor, expected: Tensor | None) -> dict[str, Any]:
+    """The outcome of loading ``directory``, whose logits of ``ids`` are ``expected``; None: which
+    transformers does not compute."""
+    found: dict[str, Any] = {}
     try:
         ours = build_loaded(directory, None, False)
+        if expected is None:
+            return {"outcome": "not tried"}
         with torch.no_grad():
             logits = ours(input_ids=ids, use_cache=False).logits
         found["logits_difference"] = float((logits - expected).abs().max())
@@ -206,7 +197,9 @@ def with_runs(found: dict[str, Any]) -> dict[str, Any]:
     wanted = {n: words for n, words in wanted.items() if n not in found["formats"]}
     with tempfile.TemporaryDirectory() as directory:
         begin = time.monotonic()
-        reference_model(kind, Path(directory) / "base")
+        model = reference_model(kind, Path(directory) / "base")
+        if "as_published" in found:
+            save_converted(model, Path(directory) / "base")
         runs = try_runs(Path(directory) / "base", Path(directory) / "runs", wanted)
         print(f"{time.monotonic() - begin:5.1f} s runs of {kind}: {runs}", flush=True)
     return {**found, "runs": runs}

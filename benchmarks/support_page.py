@@ -20,7 +20,8 @@ Of the {count} causal and conditional model types of transformers {transformers}
 the checks of `benchmarks/families.py` on a tiny random model ({date}, CPU): load, the logits of
 transformers, gradients of LoRA on NF4. {refused} are refused with a message, {missing} were not
 tried or crash. Models with towers for images or sound are saved as they are published, with the
-towers, and trained on text. Made by `python benchmarks/support_page.py`.
+towers, and trained on text; towers of `fast_vlm`, `gemma3n` and `perception_lm` need timm, that of
+`inkling_mm_model` scipy. Made by `python benchmarks/support_page.py`.
 
 ## Work
 
@@ -28,6 +29,8 @@ Each was trained for three steps on one rank and on two (fsdp2): 2 ranks is the 
 of a loss. Merge and GGUF are errors of the logits over the change by training, of a merge in
 float32 into the base as it was trained, loaded by transformers, and of an F16 file, loaded by
 llama.cpp (xllamacpp) or transformers. A dash: not run, or refused ([below](#formats-that-refuse)).
+A star: in the files as published tensors are joined or turned, which is [refused](#blocked); the
+row is of a base that transformers wrote with `save_pretrained(..., save_original_format=False)`.
 
 | type | `data.packing` | 2 ranks | merge | GGUF |
 |---|---|---|---|---|
@@ -58,7 +61,9 @@ not. Text: the library's message. Experts of some types stay dense
 |---|---|
 {blocked}
 
-Not tried: {untried}.
+## Not tried
+
+{untried}
 """
 
 _FORMATS = (
@@ -96,9 +101,11 @@ def format_support_page(found: dict[str, Any]) -> str:
         exports="\n".join(map(_format_exports, exported)),
         obstacles="\n".join(_list_obstacles(names["works"])),
         blocked="\n".join(
-            f"| `{row['type']}` | {_escape(row['message'])} |" for row in names["refused"]
+            f"| `{row['type']}` | {_escape(row.get('as_published') or row['message'])} |"
+            for row in types
+            if row["outcome"] == "refused" or "as_published" in row
         ),
-        untried=", ".join(f"`{row['type']}` ({row['outcome']})" for row in others) or "none",
+        untried="\n".join(_list_untried(others)) or "None.",
     )
 
 
@@ -109,7 +116,15 @@ def _format_working(row: dict[str, Any]) -> str:
     runs = row.get("runs", {})
     packing = "yes" if row["packing"] == "isolated" else "refused"
     cells = [_format_figure(runs.get(name)) for name in ("ranks", "merge", "gguf")]
-    return f"| `{row['type']}` | {packing} | {' | '.join(cells)} |"
+    star = r" \*" if "as_published" in row else ""
+    return f"| `{row['type']}`{star} | {packing} | {' | '.join(cells)} |"
+
+
+def _list_untried(rows: list[dict[str, Any]]) -> list[str]:
+    """A row for each type that crashes, or that transformers does not run here, with the reason."""
+    head = ["| type | outcome | message |", "|---|---|---|"]
+    lines = [f"| `{row['type']}` | {row['outcome']} | {_escape(row['message'])} |" for row in rows]
+    return [*head, *lines] if lines else []
 
 
 def _format_exports(row: dict[str, Any]) -> str:

@@ -178,3 +178,16 @@ def test_page_of_supported_types_equals_its_results() -> None:
     text = support_page.format_support_page(found)
     assert support_page.PAGE.read_text(encoding="utf-8") == text
     assert all(f"`{row['type']}`" in text for row in found["result"]["types"])
+
+
+def test_page_of_supported_types_has_a_reason_for_each_that_does_not_work() -> None:
+    rows: list[dict[str, object]] = [
+        {"type": "a", "outcome": "works", "packing": "isolated", "as_published": "is joined"},
+        {"type": "b", "outcome": "refused", "message": "wants an image"},
+        {"type": "c", "outcome": "not tried", "message": "no | library"},
+    ]
+    machine = {"transformers": "1", "date": "today"}
+    text = support_page.format_support_page({"machine": machine, "result": {"types": rows}})
+    assert r"| `a` \* | yes | - | - | - |" in text
+    assert "| `a` | is joined |" in text and "| `b` | wants an image |" in text
+    assert r"| `c` | not tried | no \| library |" in text

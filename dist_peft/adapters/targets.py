@@ -59,6 +59,11 @@ def list_adapter_targets(
                 "adapter.target_modules all-linear leaves out %s: no gradient reaches them",
                 ", ".join(left),
             )
+        if inside and not chosen:
+            raise UserError(
+                "adapter.target_modules all-linear: no gradient reaches a linear of the model, "
+                "whose layers compute their own (as reversible ones do); use another base"
+            )
         if not chosen:
             raise UserError("adapter.target_modules all-linear: the model has no linear to adapt")
         return chosen

@@ -35,6 +35,8 @@ from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.model.adapter_module import RowUpdate
+from dist_peft.model.parameter_readers import list_unread_buffers
+from dist_peft.model.stated_device import set_stated_device
 
 __all__ = [
     "Engine",
@@ -263,7 +265,17 @@ def num_updates(group: Mapping[str, Any], step: int, skipped: Collection[int] = 
 
 
 def move_buffers_to_device(model: nn.Module, device: torch.device) -> None:
-    """Move every buffer to ``device``; they are small and whole on every rank."""
+    """Move every buffer to ``device``, the model's own from now on (``model.stated_device``);
+    buffers are small and whole on every rank.
+
+    One without data becomes zeros if it is a tower's, which nothing runs, and stays as it is
+    otherwise: loading fails then.
+    """
+    set_stated_device(model, device)
+    unread = list_unread_buffers(model)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+            if not buffer.is_meta:
+                setattr(module, name, buffer.to(device))
+            elif id(buffer) in unread:
+                setattr(module, name, torch.zeros_like(buffer, device=device))

@@ -7,6 +7,7 @@ have a small absolute error too.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,9 @@ COMPARED_ELEMENTS = 2**18
 """Logits compared at a time, or those of one position: 2 MiB in float64, about eight tensors of
 which are alive."""
 
+_LOWEST = torch.finfo(torch.float16).min
+"""Logits from here down are of masked tokens: the lowest numbers of other types are lower still."""
+
 _UNCHANGED = 1e-6
 """A change below this share of the logits' standard deviation counts as none."""
 
@@ -186,7 +190,7 @@ def _compare_positions(got: Tensor, want: Tensor, before: Tensor) -> tuple[Tenso
     """Return, of some positions ``[n, V]`` in float64, the largest error and six sums: over all
     logits of the error, of its square and of that of the change; over the positions of both
     divergences and of equal top tokens."""
-    got, want, before = got.double(), want.double(), before.double()
+    got, want, before = (_mask_lowest(each.double()) for each in (got, want, before))
     error, change = _compute_difference(got, want), _compute_difference(want, before)
     absolute = error.abs()
     sums = (
@@ -204,14 +208,21 @@ def _compute_finite_variance(logits: Tensor, chunks: Sequence[Span]) -> Tensor:
     """Return the variance of the finite values of ``[n, V]``, float64."""
     total = count = torch.zeros((), dtype=torch.float64)
     for chunk in chunks:
-        finite = logits[chunk.slice].isfinite()
-        total = total + torch.where(finite, logits[chunk.slice], 0.0).double().sum()
+        values = _mask_lowest(logits[chunk.slice].double())
+        finite = values.isfinite()
+        total = total + torch.where(finite, values, 0.0).sum()
         count = count + finite.sum()
     squares = torch.zeros((), dtype=torch.float64)
     for chunk in chunks:
-        centred = logits[chunk.slice].double() - total / count
+        centred = _mask_lowest(logits[chunk.slice].double()) - total / count
         squares += torch.where(centred.isfinite(), centred, 0.0).square().sum()
     return squares / count
+
+
+def _mask_lowest(logits: Tensor) -> Tensor:
+    """Return ``logits`` with minus infinity for the lowest number of a type, which some models
+    give masked tokens (Chameleon): the figures would be of these alone."""
+    return torch.where(logits <= _LOWEST, -math.inf, logits)
 
 
 def _compute_difference(got: Tensor, want: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ __all__ = ["list_layer_values", "refuse_foreign_tokenizer", "refuse_impossible_s
 _LIMITS = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "vocab_size"), 2**31),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "head_dim"), 2**31),
-    **dict.fromkeys(("num_key_value_heads", "intermediate_size"), 2**31),
+    **dict.fromkeys(("num_key_value_heads", "intermediate_size", "qk_nope_head_dim"), 2**31),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 2**20),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
 }
@@ -35,8 +35,9 @@ def refuse_impossible_sizes(config: PretrainedConfig | Mapping[str, Any], file: 
         UserError: names the key.
     """
     for sizes in _list_texts(config):
+        is_latent = any(sizes.get("qk_nope_head_dim", ()))  # whose head_dim is the rotary part
         for key, limit in _LIMITS.items():
-            least = 0 if "experts" in key else 1
+            least = 0 if "experts" in key or (key == "head_dim" and is_latent) else 1
             for size in sizes.get(key, ()):
                 if type(size) is int and not least <= size < limit:
                     raise UserError(

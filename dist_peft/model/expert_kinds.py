@@ -34,6 +34,9 @@ _LATENT = ("fc1_latent_proj", "fc2_latent_proj")
 ExpertForm = Literal["routed", "scaled_inputs", "with_identities", "shared", "one_product"]
 """How experts are called: with the routes of tokens, or as a class of ``model.expert_variants``."""
 
+_UNDECLARED = ("Step3p7Experts",)
+"""Classes without a declaration that compute as Mixtral's do, with their own ``_apply_gate``."""
+
 
 @dataclass(frozen=True)
 class ExpertKind:
@@ -97,7 +100,7 @@ def describe_experts(module: Any) -> ExpertKind | None:
     if (known := _KNOWN.get(f"{package}.{kind.__name__}")) is not None:
         return known
     if not hasattr(module, "is_transposed"):
-        return None
+        return ExpertKind() if kind.__name__ in _UNDECLARED else None
     names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
     return ExpertKind(names, names if module.is_transposed else ())
 

@@ -38,12 +38,16 @@ from dist_peft.core.errors import UserError
 from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.computation_key import describe_computation
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
-from dist_peft.model.expert_variants import make_stand_in
-from dist_peft.model.experts import FrozenExperts
+from dist_peft.model.fake_tensors import (
+    fake_frozen_forwards,
+    quiet_fake_tensors,
+    replace_with_fake_tensors,
+)
 from dist_peft.model.freezing import FrozenReplacement
 from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.parameter_readers import FoundReaders, ReaderWatch, mark_readers
+from dist_peft.model.text_inputs import refuse_wanted_inputs
 
 __all__ = [
     "ON_ANY_DEVICE",
@@ -80,8 +84,8 @@ def probe_forward(
     of parameters outside of the blocks.
 
     Raises:
-        UserError: the forward fails with packed linears and not with the original ones, or it
-            changes weights.
+        UserError: the forward fails with packed linears and not with the original ones, it
+            changes weights, or it wants more than tokens.
     """
     if _mark_without_gradient(model, blocks, replaced):
         return  # what runs with a graph runs without one
@@ -111,6 +115,7 @@ def probe_forward(
             f"base.path {path} of type {model.config.model_type!r} is not supported: its code does "
             f"not work with packed linears: {_describe_cause(error)}"
         )
+    refuse_wanted_inputs(model, error, path)
     log.debug("the forward of %s cannot be tried without weights: %s", path, _describe_cause(error))
 
 
@@ -249,11 +254,11 @@ def _run_forward(
         if attention not in ON_ANY_DEVICE:
             model.config._attn_implementation = "eager"
         with restore_own_attributes(model), torch.set_grad_enabled(markers is not None):
-            parameters = _replace_with_fake_tensors(model, mode)
-            _fake_frozen_forwards(model, mode, markers)
+            parameters = replace_with_fake_tensors(model, mode)
+            fake_frozen_forwards(model, mode, markers)
             _run_each_kind_once(alike)
             model.eval()
-            with mode:
+            with mode, quiet_fake_tensors():
                 ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
                 inputs = {"input_ids": ids}
                 if model.get_output_embeddings() is not None:
@@ -277,18 +282,24 @@ def _run_forward(
 
 
 def _run_and_watch_head(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
-    """Return the logits, and whether they are the output of the output head, unchanged."""
-    outputs: list[Any] = []
+    """Return the logits, and whether they are the output of the output head, unchanged: Chameleon
+    masks some of them in place."""
+    outputs: list[tuple[Any, int]] = []
     head = model.get_output_embeddings()
     watch = None
+
+    def note_output(module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs.append((output, output._version))
+
     if isinstance(head, nn.Module):
-        watch = head.register_forward_hook(lambda module, args, output: outputs.append(output))
+        watch = head.register_forward_hook(note_output)
     try:
         logits = model(**inputs).logits
     finally:
         if watch is not None:
             watch.remove()
-    return logits, len(outputs) == 1 and outputs[0] is logits
+    is_last = len(outputs) == 1 and outputs[0][0] is logits
+    return logits, is_last and outputs[0][1] == logits._version
 
 
 @contextmanager
@@ -310,71 +321,6 @@ def restore_own_attributes(model: nn.Module) -> Iterator[None]:
                 own.update(table)
 
 
-def _replace_with_fake_tensors(model: nn.Module, mode: FakeTensorMode) -> list[Tensor]:
-    """Replace parameters and buffers by fake ones on the CPU; tied ones stay tied.
-
-    Returns:
-        The fake parameters.
-    """
-    fakes: dict[int, Tensor] = {}
-
-    def make_fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
-            with mode:
-                fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        return fakes[id(tensor)]
-
-    parameters: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in parameters:
-                    parameters[id(parameter)] = nn.Parameter(make_fake(parameter), False)
-                module._parameters[name] = parameters[id(parameter)]  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = make_fake(buffer)
-    return list(parameters.values())
-
-
-def _fake_frozen_forwards(
-    model: nn.Module, mode: FakeTensorMode, markers: dict[nn.Module, Tensor] | None
-) -> None:
-    for module in model.modules():
-        if isinstance(module, FrozenLinear):
-            marker = None
-            if markers is not None:
-                with mode:
-                    marker = markers[module] = torch.zeros((), requires_grad=True)
-            vars(module)["forward"] = _make_fake_linear(module, marker)
-        elif isinstance(module, FrozenEmbedding):
-            vars(module)["forward"] = _make_fake_lookup(module)
-        elif isinstance(module, FrozenExperts):
-            vars(module)["forward"] = make_stand_in(module.form, module.out_features)
-
-
-def _make_fake_linear(linear: FrozenLinear, marker: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def fake_linear_forward(x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != linear.in_features:
-            raise ValueError(f"a linear of {linear.in_features} columns gets {list(x.shape)}")
-        y = x.new_empty(*x.shape[:-1], linear.out_features)
-        if marker is None:
-            return y
-        # a graph with the input and the marker in it
-        return y + (x.sum(-1, keepdim=True) + marker.to(x.dtype))
-
-    return fake_linear_forward
-
-
-def _make_fake_lookup(embedding: FrozenEmbedding) -> Callable[[Tensor], Tensor]:
-    def fake_embedding_forward(ids: Tensor) -> Tensor:
-        shape = ids.numel(), embedding.embedding_dim
-        rows = torch.empty(shape, dtype=embedding.dtype, device=ids.device)
-        return embedding.finish_lookup(ids, rows)
-
-    return fake_embedding_forward
-
-
 def _run_each_kind_once(blocks: Sequence[nn.Module]) -> None:
     outputs: dict[object, Any] = {}
     for block in blocks:
@@ -385,8 +331,9 @@ def _run_first_of_kind(
     forward: Callable[..., Any], kind: object, outputs: dict[object, Any]
 ) -> Callable[..., Any]:
     def run_or_reuse(*args: Any, **kwargs: Any) -> Any:
-        if kind not in outputs:
-            outputs[kind] = forward(*args, **kwargs)
-        return outputs[kind]
+        key = kind, torch.is_grad_enabled()  # HRM runs its layers without a graph first
+        if key not in outputs:
+            outputs[key] = forward(*args, **kwargs)
+        return outputs[key]
 
     return run_or_reuse

@@ -36,6 +36,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.config_switches import list_switches, shorten_switches
+from dist_peft.model.decoder_blocks import find_decoder_blocks
 from dist_peft.model.expert_kinds import describe_experts, find_expert_modules
 from dist_peft.model.expert_variants import make_stand_in
 from dist_peft.model.experts import FrozenExperts
@@ -44,7 +45,6 @@ from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.meta_device import EmptyOnMeta
 from dist_peft.model.rotary import set_rotary_by_document
-from dist_peft.model.skeleton import find_decoder_blocks
 
 __all__ = [
     "is_isolated_beyond_switches",

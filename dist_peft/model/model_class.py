@@ -26,7 +26,7 @@ from dist_peft.model import classifier
 from dist_peft.model.hub import REFUSALS, format_library_error
 from dist_peft.model.meta_device import EmptyOnMeta
 
-__all__ = ["build_on_meta", "choose_auto_class", "is_classifier"]
+__all__ = ["build_on_meta", "choose_auto_class", "is_classifier", "is_language_model"]
 
 _WRAPPERS = {
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
@@ -34,11 +34,20 @@ _WRAPPERS = {
 }
 """Class of wrappers -> table of their model types; older versions have not all of them."""
 
+_BUILT_AS_WRAPPERS = ("emu3",)
+"""Types of which the causal class does not read the files of the whole model."""
+
 
 def is_classifier(described: Mapping[str, Any]) -> bool:
     """Return whether a ``config.json`` names a sequence classifier."""
     names = described.get("architectures") or [""]
     return str(names[0]).endswith("ForSequenceClassification")
+
+
+def is_language_model(kind: str) -> bool:
+    """Return whether ``transformers`` has a model of this type that predicts text."""
+    tables = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", *_WRAPPERS.values())
+    return any(kind in getattr(modeling_auto, table, {}) for table in tables)
 
 
 def choose_auto_class(described: Mapping[str, Any]) -> Any:
@@ -53,7 +62,8 @@ def choose_auto_class(described: Mapping[str, Any]) -> Any:
     if is_classifier(described):
         return AutoModelForSequenceClassification
     kind, own_code = described.get("model_type"), described.get("auto_map") or {}
-    if kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind in causal and kind not in _BUILT_AS_WRAPPERS:
         return AutoModelForCausalLM
     for name, table in _WRAPPERS.items():
         known = kind in getattr(modeling_auto, table, {}) or name in own_code

@@ -37,6 +37,7 @@ __all__ = [
     "find_readers",
     "is_never_read",
     "is_read_by_root",
+    "list_unread_buffers",
     "list_unread_parameters",
     "mark_readers",
     "refuse_forward",
@@ -192,6 +193,18 @@ def list_unread_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
         for name, parameter in module._parameters.items()
         if parameter is not None and is_never_read(module, name)
     }
+
+
+def list_unread_buffers(model: nn.Module) -> set[int]:
+    """Return ``id`` of the buffers in modules that have parameters, all of them never read: of
+    towers, which are not called."""
+    found: set[int] = set()
+    unread = list_unread_parameters(model)
+    for module in model.modules():
+        own = list(module.parameters())
+        if own and all(id(parameter) in unread for parameter in own):
+            found |= {id(buffer) for buffer in module.buffers()}
+    return found
 
 
 def refuse_forward(owner: nn.Module, path: str) -> None:

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
 from dist_peft.model.config_sizes import refuse_impossible_sizes
+from dist_peft.model.decoder_blocks import find_decoder_blocks
 from dist_peft.model.document_attention import (
     build_document_masks,
     select_document_attention,
@@ -56,7 +56,9 @@ from dist_peft.model.prequantized.base import (
     open_prequantized,
 )
 from dist_peft.model.rotary import set_rotary_by_document
-from dist_peft.model.text_model import find_text_model, make_tower_predicate
+from dist_peft.model.stated_device import state_dtype
+from dist_peft.model.text_inputs import refuse_other_inputs
+from dist_peft.model.text_model import make_tower_predicate
 from dist_peft.model.tied_weights import read_untied_config_keys
 from dist_peft.model.weight_probe import find_externally_read_linears, refuse_unsupported_blocks
 from dist_peft.quant.codec import RawCodec, make_codec
@@ -66,7 +68,6 @@ from dist_peft.store.index import SafetensorsIndex
 __all__ = [
     "Skeleton",
     "build_skeleton",
-    "find_decoder_blocks",
     "parse_torch_dtype",
 ]
 
@@ -115,9 +116,11 @@ class Skeleton:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest document that the base supports; None: no limit is known."""
+        """Longest document that the base supports; None: no limit, or none is known."""
         known = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
-        return None if known is None else known - classifier.count_unused_positions(self.model)
+        if known is None or known < 0:  # XLNet says -1
+            return None
+        return int(known) - classifier.count_unused_positions(self.model)
 
     @property
     def has_learned_positions(self) -> bool:
@@ -155,7 +158,10 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     else:
         classifier.refuse_encoder(config, base.path)
     model = build_on_meta(config, base, dtype)
+    if base.head == "lm":
+        refuse_other_inputs(model, base.path)
     set_parameter_dtypes(model, dtype)
+    state_dtype(model)
     blocks = find_decoder_blocks(model)
     refuse_unsupported_blocks(model, blocks, base.path)
     may_lack = (
@@ -227,6 +233,7 @@ def _read_model_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
     refuse_impossible_sizes(described, directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=base.trust_remote_code)
+        config.get_text_config()  # raises where there are several (MusicGen)
     except REFUSALS as error:
         raise UserError(
             f"cannot use {directory / 'config.json'}: {format_library_error(error)}"
@@ -236,31 +243,6 @@ def _read_model_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
         del config.quantization_config  # transformers must not apply it
     config.use_cache = False
     return config
-
-
-def find_decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers: the longest ``ModuleList`` of modules of one class, or of layers.
-
-    Layers are of several classes in Jamba and OLMo-Hybrid. Where a model has a text model and
-    towers, they are the text model's.
-    """
-    lists = [m for m in find_text_model(model).modules() if isinstance(m, nn.ModuleList) and len(m)]
-    uniform = [
-        m
-        for m in lists
-        if len({type(child) for child in m}) == 1
-        or all(isinstance(child, GradientCheckpointingLayer) for child in m)
-    ]
-    if not uniform:
-        raise UserError(
-            f"no list of decoder layers found in {type(model).__name__}; "
-            "this model type is not supported"
-        )
-
-    def list_depth(index: int) -> int:
-        return sum(1 for _ in uniform[index].modules())
-
-    return list(uniform[max(range(len(uniform)), key=list_depth)])
 
 
 def _is_head_tied(model: PreTrainedModel) -> bool:

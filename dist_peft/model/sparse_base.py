@@ -25,9 +25,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.classifier import MODELS
+from dist_peft.model.decoder_blocks import find_decoder_blocks
 from dist_peft.model.expert_kinds import describe_experts
 from dist_peft.model.hub import REFUSALS, format_library_error
-from dist_peft.model.skeleton import find_decoder_blocks
 from dist_peft.quant.mxfp4 import MXFP4_GROUP
 from dist_peft.store.format import TensorSpec, build_header
 from dist_peft.store.index import INDEX_NAME

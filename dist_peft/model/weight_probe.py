@@ -28,6 +28,8 @@ __all__ = ["find_externally_read_linears", "list_weights_read_by", "refuse_unsup
 _REFUSED = {
     "rwkv": "its code divides weights of the blocks in place at the first forward, which is lost "
     "or done twice where weights are sharded and packed",
+    "kyutai_speech_to_text": "each of its positions has a token of text and codes of sound, and "
+    "only text is trained",
 }
 """Model type -> why its forward cannot be reproduced with packed weights."""
 

@@ -17,6 +17,7 @@ from dist_peft.adapters.targets import (
 )
 from dist_peft.core.config.run import BaseConfig, QaLoraConfig, QuantConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.skeleton import build_skeleton
 from tests.support.adapters import frozen_model, tiny_llama
 from tests.support.tiny_models import CONFIGS, save_model
@@ -104,6 +105,19 @@ def test_embedding_as_target_points_to_its_own_key(model: nn.Module) -> None:
 def test_broken_expression(model: nn.Module) -> None:
     with pytest.raises(UserError, match=r"'\*proj' is neither a module's name nor a regular"):
         list_adapter_targets(["*proj"], model)
+
+
+def test_linears_that_no_gradient_reaches(model: nn.Module) -> None:
+    linears = [m for m in model.modules() if isinstance(m, FrozenLinear)]
+    before = [linear.without_gradient for linear in linears]
+    for linear in linears:
+        linear.without_gradient = True
+    try:
+        with pytest.raises(UserError, match="all-linear: no gradient reaches a linear of the"):
+            list_adapter_targets("all-linear", model)
+    finally:
+        for linear, own in zip(linears, before, strict=True):
+            linear.without_gradient = own
 
 
 def test_model_without_linears() -> None:

@@ -44,7 +44,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare_logits
-from dist_peft.model.skeleton import find_decoder_blocks
+from dist_peft.model.decoder_blocks import find_decoder_blocks
 from dist_peft.quant.codec import make_codec
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.dist import run_ranks

@@ -11,6 +11,21 @@ from dist_peft.engine.engine_protocol import (
     num_updates,
     trainable_parameters,
 )
+from dist_peft.model.parameter_readers import mark_readers
+
+
+def test_buffers_without_data_are_zeros_in_towers_alone() -> None:
+    """timm makes some with ``torch.empty``."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("tower", "text")})
+    model.requires_grad_(False)
+    for part in model.values():
+        part.register_buffer("own", torch.ones(2))
+        part.register_buffer("empty", torch.empty(2, device="meta"))
+    mark_readers(model, {("tower", "weight"): ()})
+    move_buffers_to_device(model, torch.device("cpu"))
+    assert all(torch.equal(part.own, torch.ones(2)) for part in model.values())
+    assert torch.equal(model["tower"].empty, torch.zeros(2))
+    assert model["text"].empty.is_meta
 
 
 def test_trainable_are_those_that_learn_in_the_models_order() -> None:

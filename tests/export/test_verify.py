@@ -57,12 +57,16 @@ def test_training_that_changed_nothing_is_no_division_by_zero() -> None:
     assert other.relative == pytest.approx(1 / same.std(correction=0).item(), rel=1e-5)
 
 
-def test_tokens_that_a_model_rules_out() -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_that_a_model_rules_out(dtype: torch.dtype | None) -> None:
+    """By minus infinity, or by the lowest number of its type."""
     trained, before = probe().trained.clone(), probe().before.clone()
-    trained[..., 0] = before[..., 0] = -math.inf
+    trained[..., 0] = before[..., 0] = -math.inf if dtype is None else torch.finfo(dtype).min
+    without = compare_logits(before[..., 1:], Probe(IDS, trained[..., 1:], before[..., 1:]))
+    assert compare_logits(before, Probe(IDS, trained, before)).relative == without.relative == 1
     found = compare_logits(trained, Probe(IDS, trained, before))
     assert (found.relative, found.kl) == (0, 0) and found.changed
-    wrong = compare_logits(trained.nan_to_num(neginf=0.0), Probe(IDS, trained, before))
+    wrong = compare_logits(trained.clamp_min(-100.0), Probe(IDS, trained, before))
     assert not wrong.relative < 1
 
 

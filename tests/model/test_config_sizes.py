@@ -35,6 +35,7 @@ def test_impossible_size(described: dict[str, Any], named: str) -> None:
 def test_possible_sizes() -> None:
     refuse_impossible_sizes({"num_experts": 0, "head_dim": None, "n_head": "8"}, FILE)
     refuse_impossible_sizes(GPT2Config(), FILE)
+    refuse_impossible_sizes({"head_dim": 0, "qk_nope_head_dim": 256}, FILE)  # GLM-5 Next
     with pytest.raises(UserError, match="hidden_size 0"):
         refuse_impossible_sizes(GPT2Config(n_embd=0), FILE)
 

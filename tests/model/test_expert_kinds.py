@@ -14,6 +14,7 @@ from dist_peft.model.expert_kinds import (
     ExpertKind,
     describe_experts,
     find_expert_modules,
+    find_own_gate,
     find_router_linears,
 )
 from dist_peft.model.skeleton import build_skeleton
@@ -61,6 +62,20 @@ _SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 20,
 }
+
+
+def test_experts_that_compute_as_declared_ones_without_a_declaration() -> None:
+    """Step 3.7 clamps the gate after its activation."""
+    modeling = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+    config = tf.Step3p7Config().text_config
+    config.num_local_experts, config.hidden_size, config.moe_intermediate_size = 3, 16, 8
+    with torch.device("meta"):
+        experts = modeling.Step3p7Experts(config, swiglu_limit=0.5)
+    assert find_expert_modules([nn.ModuleList([experts])]) == [experts]
+    assert describe_experts(experts) == ExpertKind()
+    gate = find_own_gate(experts)
+    assert gate is not None
+    assert torch.equal(gate(torch.tensor([[4.0, -3.0]])), torch.tensor([[-0.25]]))
 
 
 def test_kinds_of_experts() -> None:

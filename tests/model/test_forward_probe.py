@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import transformers as tf
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
@@ -220,6 +221,38 @@ def test_what_gets_no_gradient_is_left_out_of_all_linear(
     assert {name.split(".", 3)[3] for name in chosen} == ALL - {"mlp.gate_proj"}
     assert "leaves out model.layers.*.mlp.gate_proj: no gradient reaches" in caplog.text
     assert len(list_adapter_targets(["gate_proj"], model)) == 2  # who names it gets it
+
+
+def test_layers_that_are_run_without_a_graph_first(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HRM's are, several times, and then with one."""
+    forward = llama.LlamaModel.forward
+
+    def run_twice(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(llama.LlamaModel, "forward", run_twice)
+    assert len(list_adapter_targets("all-linear", build(base).model)) == 2 * len(ALL)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_logits_that_are_changed_after_the_head(
+    in_place: bool, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, as Chameleon masks the tokens of images, they are still the head's output."""
+    forward = llama.LlamaForCausalLM.forward
+
+    def mask(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = forward(self, *args, **kwargs)
+        if in_place:
+            found.logits[:, :, 3:5] = -100.0
+        return found
+
+    monkeypatch.setattr(llama.LlamaForCausalLM, "forward", mask)
+    assert vars(build(base).model)["head_output_is_logits"] is not in_place
 
 
 def test_indexers_are_left_out_of_all_linear(tmp_path: Path) -> None:

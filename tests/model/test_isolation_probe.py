@@ -18,6 +18,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.model import attention_mask as attention
 from dist_peft.model import isolation_probe
 from dist_peft.model.attention_mask import documents_are_isolated
+from dist_peft.model.decoder_blocks import find_decoder_blocks
 from dist_peft.model.isolation_probe import (
     is_isolated_beyond_switches,
     is_isolated_in_float32,
@@ -26,7 +27,7 @@ from dist_peft.model.isolation_probe import (
 )
 from dist_peft.model.meta_device import EmptyOnMeta
 from dist_peft.model.rotary import set_rotary_by_document
-from dist_peft.model.skeleton import Skeleton, build_skeleton, find_decoder_blocks
+from dist_peft.model.skeleton import Skeleton, build_skeleton
 from tests.support.tiny_models import _GROUPED, CONFIGS, CONVOLUTIONS, MIXTURES, save_model
 
 CPU = torch.device("cpu")

@@ -8,7 +8,12 @@ import transformers as tf
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.model_class import build_on_meta, choose_auto_class, is_classifier
+from dist_peft.model.model_class import (
+    build_on_meta,
+    choose_auto_class,
+    is_classifier,
+    is_language_model,
+)
 from dist_peft.model.parameter_readers import list_unread_parameters
 from tests.support.loaded_models import IDS, load, logits
 from tests.support.tiny_models import WRAPPERS, save_model
@@ -20,6 +25,7 @@ from tests.support.tiny_models import WRAPPERS, save_model
         ({"model_type": "llama"}, "AutoModelForCausalLM"),
         ({"model_type": "gemma3"}, "AutoModelForCausalLM"),  # a wrapper that is registered as one
         ({"model_type": "qwen2_5_vl"}, "AutoModelForImageTextToText"),
+        ({"model_type": "emu3"}, "AutoModelForImageTextToText"),  # its causal class lacks a mapping
         ({"model_type": "qwen2_audio"}, "AutoModelForMultimodalLM"),
         ({"model_type": "unknown"}, "AutoModelForCausalLM"),
         (
@@ -39,6 +45,11 @@ from tests.support.tiny_models import WRAPPERS, save_model
 def test_class_by_the_configuration(described: dict[str, object], name: str) -> None:
     assert choose_auto_class(described) is getattr(tf, name)
     assert is_classifier(described) == (name == "AutoModelForSequenceClassification")
+
+
+def test_types_that_predict_text() -> None:
+    assert is_language_model("llama") and is_language_model("qwen2_5_omni_thinker")
+    assert not is_language_model("qwen2_5_omni_talker") and not is_language_model("siglip")
 
 
 @pytest.mark.parametrize("family", WRAPPERS)

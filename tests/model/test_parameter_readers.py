@@ -12,6 +12,7 @@ from dist_peft.model.parameter_readers import (
     find_readers,
     is_never_read,
     is_read_by_root,
+    list_unread_buffers,
     list_unread_parameters,
     mark_readers,
     refuse_forward,
@@ -30,6 +31,15 @@ def list_readers(config: object, directory: Path) -> dict[str, list[str]]:
             if (readers := find_readers(module, name)) is not None:
                 found[f"{path}.{name}"] = [names[reader] for reader in readers]
     return found
+
+
+def test_buffers_of_towers_are_unread() -> None:
+    model = nn.ModuleDict({"tower": nn.BatchNorm1d(2), "text": nn.BatchNorm1d(2)})
+    model.requires_grad_(False)
+    mark_readers(model, {("tower", "weight"): (), ("tower", "bias"): ()})
+    assert list_unread_buffers(model) == {id(buffer) for buffer in model["tower"].buffers()}
+    mark_readers(model, {("text", "weight"): ()})  # its bias is read
+    assert list_unread_buffers(model) == {id(buffer) for buffer in model["tower"].buffers()}
 
 
 def test_tied_embeddings_have_two_readers(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.attention_mask import build_model_inputs
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.model.skeleton import find_decoder_blocks
 from tests.support.loaded_models import IDS, load, logits
 from tests.support.tiny_models import CONFIGS, save_model
 
@@ -219,15 +218,19 @@ def test_limits(family: str, learned: bool, tmp_path: Path) -> None:
     assert skeleton.has_learned_positions == learned
 
 
-def test_blocks_may_be_of_several_classes() -> None:
-    """Jamba's layers are of two, and the list of them is taken."""
-    with torch.device("meta"):
-        model = tf.AutoModelForCausalLM.from_config(
-            tf.JambaConfig(hidden_size=64, num_hidden_layers=8, num_experts=2, vocab_size=97)
-        )
-    blocks = find_decoder_blocks(model)
-    assert len(blocks) == 8
-    assert {type(block).__name__ for block in blocks} == {
-        "JambaAttentionDecoderLayer",
-        "JambaMambaDecoderLayer",
-    }
+def test_a_limit_below_zero_is_none(tmp_path: Path) -> None:
+    """XLNet's positions are relative, and its configuration says -1."""
+    config = tf.XLNetConfig(vocab_size=97, d_model=64, n_layer=2, n_head=4, d_inner=96)
+    save_model(config, tmp_path)
+    skeleton = load(tmp_path)
+    assert skeleton.model_config.max_position_embeddings == -1
+    assert skeleton.max_positions is None and not skeleton.has_learned_positions
+
+
+def test_a_model_of_several_language_models_is_refused(tmp_path: Path) -> None:
+    save_model(CONFIGS["llama"], tmp_path)
+    parts = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
+    described = {name: {"model_type": kind} for name, kind in parts.items()}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "musicgen", **described}))
+    with pytest.raises(UserError, match=r"cannot use .*config.json: Multiple valid text configs"):
+        load(tmp_path)

@@ -375,3 +375,19 @@ WRAPPERS = Configurations(
     }
 )
 """Text models with towers of more layers than they have, which are no causal language models."""
+
+TOWER_FIRST = Configurations(
+    {
+        "idefics3": tf.Idefics3Config(
+            text_config={**_GROUPED, "model_type": "llama"},
+            vision_config={
+                **_VISION,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 28,
+            },
+            pad_token_id=0,
+        ),
+    }
+)
+"""Models whose first parameter is a tower's and whose code asks for ``self.device``."""

@@ -29,10 +29,10 @@ from dist_peft.core.config.adapter import Part
 from dist_peft.core.config.run import FullConfig, PartialConfig, UnfreezeConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.trainable_steps import BlockSampling, SampledBlock, TrainableSteps
+from dist_peft.model.decoder_blocks import find_decoder_blocks
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
-from dist_peft.model.skeleton import find_decoder_blocks
 
 __all__ = ["PartialAdapter"]
 
