@@ -1,6 +1,7 @@
 """Every causal language model type of the installed transformers: works, refused, or crashes.
 
     OMP_NUM_THREADS=1 python benchmarks/families.py [--only TYPE ...] [--jobs 2] [--limit 90]
+        [--formats FORMAT ...]
 
 For each type a tiny random model is made from its default configuration with small sizes, with its
 towers where it is published with some. In float32 on the CPU, with a time limit:
@@ -30,7 +31,9 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +193,11 @@ def with_limit(kind: str, limit: float) -> dict[str, Any]:
         return found
 
 
-def with_runs(found: dict[str, Any]) -> dict[str, Any]:
-    """The row of a type that works, with the whole runs of it."""
+def with_runs(found: dict[str, Any], formats: Sequence[str]) -> dict[str, Any]:
+    """The row of a type that works, with the whole runs of it, exported in these formats."""
     kind = found["type"]
-    wanted = FORMATS if kind in EXPORTED.split() else {"gguf": FORMATS["gguf"]}
+    names = formats if kind in EXPORTED.split() else ["gguf"]
+    wanted = {name: FORMATS[name] for name in names}
     wanted = {n: words for n, words in wanted.items() if n not in found["formats"]}
     with tempfile.TemporaryDirectory() as directory:
         begin = time.monotonic()
@@ -299,18 +303,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=90, help="seconds a type")
     parser.add_argument("--resume", action="store_true", help="of a run that was ended")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--no-runs", dest="runs", action="store_false", help="no whole runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:  # what is imported now is not imported again
         print("llama:", try_type("llama", Path(directory))["outcome"], flush=True)
-    partial = args.out / "families.jsonl"
+    begun = args.out / "families.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = partial.read_text().splitlines() if args.resume and partial.exists() else []
+    lines = begun.read_text().splitlines() if args.resume and begun.exists() else []
     rows = {row["type"]: row for row in map(json.loads, lines) if row["type"] in args.only}
     left = [kind for kind in args.only if kind not in rows]
     first = {kind: number for number, kind in enumerate(EXPORTED.split())}
-    with ThreadPoolExecutor(args.jobs) as pool, partial.open("a" if lines else "w") as file:
+    with ThreadPoolExecutor(args.jobs) as pool, begun.open("a" if lines else "w") as file:
 
         def keep(found: dict[str, Any]) -> None:
             rows[found["type"]] = found
@@ -320,9 +325,10 @@ def main() -> None:
             keep(found)
         runs = [row for row in rows.values() if row["outcome"] == "works" and "runs" not in row]
         runs.sort(key=lambda row: (first.get(row["type"], len(first)), row["type"]))
-        for found in pool.map(with_runs, runs if args.runs else []):
+        run_type = partial(with_runs, formats=args.formats)
+        for found in pool.map(run_type, runs if args.runs else []):
             keep(found)
-    partial.unlink()
+    begun.unlink()
     types = list(rows.values())
     if (before := args.out / "families.json").is_file():  # of other types
         done = {t["type"] for t in types}
@@ -330,6 +336,9 @@ def main() -> None:
         runs = {t["type"]: t["runs"] for t in earlier if "runs" in t}
         for t in types if not args.runs else ():  # those of an earlier time stay
             t |= {"runs": t.get("runs") or runs[t["type"]]} if t["type"] in runs else {}
+        for t in types if args.runs else ():  # so do formats that were not asked for
+            others = {n: v for n, v in runs.get(t["type"], {}).items() if n not in args.formats}
+            t |= {"runs": {**others, **t["runs"]}} if "runs" in t else {}
         types += [t for t in earlier if t["type"] not in done and t["type"] in list_types()]
     types.sort(key=lambda t: t["type"])
     kept = float32_classes()

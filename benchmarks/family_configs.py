@@ -101,7 +101,37 @@ _WIDE |= {"mamba_d_head": 4, "mamba_head_dim": 4}
 """Sizes of these: kernels of bitsandbytes on a CPU want in_features that are multiples of 64 and
 out_features that are multiples of 32."""
 
+_CHUNKED = ["chunked_attention"] * 3 + ["full_attention"]
+_WINDOWED = ["sliding_attention"] * 3 + ["full_attention"]
+_LLAMA4 = {
+    "num_hidden_layers": 4,
+    "layer_types": _CHUNKED,
+    "no_rope_layers": [1, 1, 1, 0],
+    "moe_layers": [0, 1, 2, 3],
+    "num_experts_per_tok": 1,
+}
+_GEMMA3 = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    "query_pre_attn_scalar": 16,
+}
 _PER_TYPE: dict[str, dict[str, Any]] = {
+    # settings of the published models, where they are not the defaults of a small one
+    "mistral": {"sliding_window": None},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": _GEMMA3,
+    "qwen3_moe": {"norm_topk_prob": True},
+    "llama4_text": _LLAMA4,
+    "smollm3": {
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 1, 1, 0],
+        "layer_types": ["full_attention"] * 4,
+    },
+    "olmoe": {"num_key_value_heads": 4},
+    "cohere2": {"num_hidden_layers": 4, "layer_types": _WINDOWED},
+    "olmo3": {"num_hidden_layers": 4, "layer_types": _WINDOWED},
+    # transformers saves the convolution in three parts of one size
+    "olmo_hybrid": {"linear_num_key_heads": 4},
     "mamba2": {"head_dim": 16, "num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
     "deepseek_v32": {"num_key_value_heads": 4, "n_routed_experts": 8, "index_head_dim": 32},

@@ -24,6 +24,7 @@ __all__ = [
     "name_as_linears",
     "name_as_published",
     "name_by_modules",
+    "split_experts",
     "split_stacks",
 ]
 
@@ -254,6 +255,28 @@ def split_stacks(
         for name, span in pieces:
             spec = TensorSpec(name, weight.info.dtype, (len(span), stack.in_features))
             found.append(replace(weight, info=spec, written=name, first=span.start, is_part=True))
+    return found
+
+
+def split_experts(weights: Sequence[BaseWeight], *, halves: bool = False) -> list[BaseWeight]:
+    """Return the weights with a tensor of all experts in parts, one for each expert, whose names
+    are no files'; for readers that have the experts stacked in their own way.
+
+    Args:
+        halves: ``gate_proj`` and ``up_proj`` are parts of their own.
+    """
+    found: list[BaseWeight] = []
+    for weight in weights:
+        stack = weight.linear
+        if not isinstance(stack, ExpertStack) or len(stack.pieces) >= stack.experts:
+            found.append(weight)
+            continue
+        has_both = halves and weight.module_path.endswith(".gate_up_proj")
+        rows = stack.out_features // 2 if has_both else stack.out_features
+        for first in range(0, stack.experts * stack.out_features, rows):
+            name = f"{weight.written}.{first}"
+            spec = TensorSpec(name, weight.info.dtype, (rows, stack.in_features))
+            found.append(replace(weight, info=spec, written=name, first=first, is_part=True))
     return found
 
 

@@ -8,7 +8,7 @@ and linears that the format cannot pack) is written in one float type.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from dist_peft.store.writer import MAX_FILE_BYTES, StreamWriter, TensorSpec
 
 __all__ = [
     "TensorPiece",
+    "TensorRewriter",
     "WeightPacker",
     "WriteResult",
     "check_output_free",
@@ -68,6 +69,14 @@ class WeightPacker(Protocol):
 
     def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         """Return keys of ``config.json``, given the paths of linears that stay unpacked."""
+
+
+@runtime_checkable
+class TensorRewriter(Protocol):
+    """A packer that has another form for tensors that are no linears' weights, too."""
+
+    def rewrites(self, weight: BaseWeight) -> bool:
+        """Return whether ``plan_tensors`` and ``pack_rows`` write this tensor."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,9 @@ def write_model_directory(
         Counts of tensors, size of the files and names of unpacked linears.
     """
     packed = {w.name for w in walk.weights if packer and walk.is_packable(w) and packer.can_pack(w)}
+    linears = len(packed)
+    if isinstance(packer, TensorRewriter):
+        packed |= {w.name for w in walk.weights if packer.rewrites(w)}
     plans: dict[str, list[TensorSpec]] = {}
     for weight in walk.weights:
         if packer is not None and weight.name in packed:
@@ -149,7 +161,7 @@ def write_model_directory(
         for w in walk.weights
         if packer and w.is_block_linear and not w.is_expert and w.name not in packed
     )
-    return WriteResult(len(specs), len(packed), merged, size, left)
+    return WriteResult(len(specs), linears, merged, size, left)
 
 
 def _choose_dtype(weight: BaseWeight, dtype: torch.dtype) -> torch.dtype:

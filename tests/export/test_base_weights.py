@@ -11,8 +11,11 @@ from dist_peft.export.base_weights import (
     join_parts,
     name_as_linears,
     name_by_modules,
+    split_experts,
     split_stacks,
 )
+from dist_peft.model.experts import ExpertStack, StackPiece
+from dist_peft.quant.codec import RawCodec
 from dist_peft.store.writer import TensorSpec
 from tests.support.export_runs import make_run, stacked_mixture
 
@@ -38,6 +41,26 @@ def test_tensors_outside_of_experts_are_named_by_their_path() -> None:
     (named,) = name_by_modules([weight])
     assert named.written == "mlp.gate.weight" and named.name == weight.name
     assert not weight.is_expert
+
+
+def test_stacks_are_split_by_expert_and_by_projection() -> None:
+    stack = ExpertStack(3, 7, 4, RawCodec(torch.float32), "file", "meta")
+    stack.pieces = (StackPiece("experts.gate_up_proj", Span(0, 12)),)
+    info = TensorSpec("experts.gate_up_proj", torch.float32, (3, 4, 7))
+    weight = BaseWeight(info, "experts.gate_up_proj.weight", stack, "experts.gate_up_proj")
+    experts = split_experts([weight])
+    assert [part.span_in_linear(Span(0, 4)) for part in experts] == [
+        Span(0, 4),
+        Span(4, 8),
+        Span(8, 12),
+    ]
+    halves = split_experts([weight], halves=True)
+    assert [part.find_expert() for part in halves] == [
+        (expert, name) for expert in range(3) for name in ("gate_proj", "up_proj")
+    ]
+    assert len({part.name for part in halves}) == 6
+    apart = BaseWeight(info, "norm.weight", None, "norm.weight")
+    assert split_experts([apart]) == [apart]
 
 
 def test_rows_of_linears_that_a_transposed_stack_has(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_families_that_formats_do_not_have(tmp_path: Path) -> None:
     kept = outlook(tmp_path / "int", MIXTURES["mixtral"], base__quant=INT)
     assert "takes no adapter of PEFT for them" in kept["gptq"]
     assert "without zero points" in kept["compressed-tensors"]
-    assert "gguf is written for" in outlook(tmp_path / "b", CONFIGS["phi"])["gguf"]
+    assert "gguf is written for" in outlook(tmp_path / "b", CONFIGS["opt"])["gguf"]
 
 
 def test_files_that_will_not_be_copied(tmp_path: Path) -> None:

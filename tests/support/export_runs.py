@@ -128,7 +128,12 @@ def make_run(
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
         stem = name.removesuffix(".weight")
-        if not stem.endswith(PROJECTIONS):
+        if (
+            not stem.endswith(PROJECTIONS)
+            or weight.dim() != 2
+            or "vision" in stem
+            or name.endswith("bias")
+        ):
             weight.data = weight.data.to(parse_torch_dtype(dtype)).float()
             continue
         out, columns = weight.shape

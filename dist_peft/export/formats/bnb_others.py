@@ -32,7 +32,7 @@ from dist_peft.export.formats.bnb_packer import (
     make_bnb_settings,
     make_quant_state_name,
 )
-from dist_peft.export.formats.expert_layout import ExpertLayout
+from dist_peft.export.formats.expert_layout import LLAMA4_LINEARS, ExpertLayout
 from dist_peft.export.formats.export_format import PackedExport, PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.merged_weights import MergedWeights
@@ -172,7 +172,7 @@ class _BnbExport(PackedExport):
     """Merged weights in the format, or the codes that were trained."""
 
     loads_with = "transformers with bitsandbytes"
-    experts = ExpertLayout(packed=False)
+    experts = ExpertLayout(packed=False, linear_types=LLAMA4_LINEARS)
     kind: ClassVar[str]
     packer: ClassVar[type[BnbFp4Packer] | type[BnbInt8Packer]]
 

@@ -17,9 +17,11 @@ scales and biases are float32 and nothing is rounded; merged rows are rounded to
 (``export.formats.groups``).
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -40,10 +42,18 @@ from dist_peft.export.formats.groups import (
     pack_code_words,
     quantize_bias_groups,
 )
+from dist_peft.export.formats.mlx_config import find_mlx_obstacle, make_mlx_keys
+from dist_peft.export.formats.mlx_experts import (
+    MlxExperts,
+    has_alternating_rows,
+    name_in_stack,
+)
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.export.verify_formats import ProcessConsumer, TransformersConsumer
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.hub import read_json_object
+from dist_peft.quant.affine import AffineCodec
 from dist_peft.store.writer import TensorSpec
 
 __all__ = [
@@ -56,6 +66,7 @@ __all__ = [
 ]
 
 MLX_GROUPS = (128, 64, 32)
+_BOTH = ("gate_proj", "up_proj")
 
 
 def find_stored_group_size(group_size: int, allowed: tuple[int, ...]) -> int:
@@ -112,13 +123,26 @@ class FloatBiasPacker:
 class MlxPacker(FloatBiasPacker):
     """Pack linears for MLX's affine mode, in groups of 32, 64 or 128.
 
+    Args:
+        described: the base's ``config.json``.
+
     Raises:
         UserError: no group size of MLX divides ``group_size``.
     """
 
     bias_name = "biases"
+    row_multiple = 2  # rows of experts may be of two projections in turn
 
-    def __init__(self, bits: int, group_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+        described: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self._has_text_config = "text_config" in described
+        text = described.get("text_config", described)
+        self.kind = str(text.get("model_type", ""))
         stored = find_stored_group_size(group_size, MLX_GROUPS)
         if not stored:
             raise UserError(
@@ -127,61 +151,80 @@ class MlxPacker(FloatBiasPacker):
             )
         super().__init__(bits, stored, dtype)
 
+    def can_pack(self, weight: BaseWeight) -> bool:
+        # mlx-lm makes two products of kv_b_proj, and would round each again
+        is_latent = weight.module_path.endswith(".kv_b_proj")
+        return super().can_pack(weight) and not is_latent
+
+    def rewrites(self, weight: BaseWeight) -> bool:
+        """Return whether the tensor, no linear's, has another form: biases of experts that have
+        numbers of two projections in turn."""
+        return weight.path.endswith("_bias") and has_alternating_rows(weight, self.kind)
+
     def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
         """Of the first expert, the tensors of all of them; of the others none."""
+        if self.rewrites(weight):
+            experts, both = weight.info.shape
+            names = (name_in_stack(weight, own, self.kind) for own in _BOTH)
+            return [TensorSpec(f"{n}.bias", self.dtype, (experts, both // 2)) for n in names]
         specs = super().plan_tensors(weight)
         if not weight.is_expert:
             return specs
         assert isinstance(weight.linear, ExpertStack)
-        count, (expert, _) = weight.linear.experts, weight.find_expert()
+        if weight.first >= weight.linear.out_features:
+            return []
+        count, projections = weight.linear.experts, self._list_projections(weight)
         return [
-            TensorSpec(_name_in_stack(weight, spec.name), spec.dtype, (count, *spec.shape))
+            TensorSpec(
+                self._name_tensor(weight, own, spec.name),
+                spec.dtype,
+                (count, spec.shape[0] // len(projections), *spec.shape[1:]),
+            )
+            for own in projections
             for spec in specs
-            if expert == 0
         ]
 
     def pack_rows(
         self, walk: MergedWeights, weight: BaseWeight, span: Span
     ) -> Iterable[TensorPiece]:
+        if self.rewrites(weight):
+            rows = walk.read_merged_rows(weight, span)
+            for i, own in enumerate(_BOTH):
+                name = f"{name_in_stack(weight, own, self.kind)}.bias"
+                yield TensorPiece(name, rows[:, i::2].to(self.dtype), span.start)
+            return
         for piece in super().pack_rows(walk, weight, span):
             if not weight.is_expert:
                 yield piece
                 continue
+            projections = self._list_projections(weight)
+            count = len(projections)
             expert, _ = weight.find_expert()
-            first = expert * weight.num_rows + piece.start
-            yield TensorPiece(_name_in_stack(weight, piece.name), piece.rows, first)
+            first = (expert * weight.num_rows + piece.start) // count
+            for i, own in enumerate(projections):
+                name = self._name_tensor(weight, own, piece.name)
+                yield TensorPiece(name, piece.rows[i::count].contiguous(), first)
+
+    def _list_projections(self, weight: BaseWeight) -> tuple[str, ...]:
+        """Return the projections whose rows an expert's tensor has, in turn."""
+        return _BOTH if has_alternating_rows(weight, self.kind) else (weight.find_expert()[1],)
+
+    def _name_tensor(self, weight: BaseWeight, projection: str, name: str) -> str:
+        own = name.rpartition(".")[2]
+        own = own if own in ("scales", "biases") else "weight"
+        return f"{name_in_stack(weight, projection, self.kind)}.{own}"
 
     def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         how = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
-        return {"quantization": how, **_find_older_keys(walk.skeleton.model_config.to_dict())}
-
-
-def _name_in_stack(weight: BaseWeight, name: str) -> str:
-    """Return mlx-lm's name of a tensor of one expert, in which it has all of them, such as
-    ``model.layers.0.mlp.switch_mlp.gate_proj.scales``."""
-    owner = weight.written.rpartition(".experts.")[0]
-    return f"{owner}.switch_mlp.{weight.find_expert()[1]}.{name.rpartition('.')[2]}"
-
-
-def _find_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys of ``config.json`` under the names of transformers 4, which mlx-lm reads: a file
-    that transformers 5 wrote has ``rope_parameters`` and ``num_local_experts`` in their place."""
-    rope = config.get("rope_parameters") or {}
-    keys = ("head_dim", "tie_word_embeddings")
-    found: dict[str, Any] = {key: config[key] for key in keys if config.get(key) is not None}
-    if "head_dim" not in found and "num_attention_heads" in config:
-        found["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    if (turned := rope.get("partial_rotary_factor")) is not None:
-        found["partial_rotary_factor"] = turned
-    if "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
-        scaled = rope.get("rope_type", "default") != "default"
-        found["rope_scaling"] = (
-            {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
-        )
-    if (experts := config.get("num_local_experts", config.get("num_experts"))) is not None:
-        found["num_experts"] = found["num_local_experts"] = experts
-    return found
+        skeleton = walk.skeleton
+        keys = make_mlx_keys(skeleton.model_config.get_text_config(), tied=skeleton.tied)
+        if self._has_text_config:
+            keys = {
+                "vocab_size": keys["vocab_size"],
+                "tie_word_embeddings": skeleton.tied,
+                "text_config": keys,
+            }
+        return {"quantization": how, **keys}
 
 
 class HfMetalPacker(FloatBiasPacker):
@@ -207,13 +250,18 @@ class _FloatBiasExport(PackedExport):
     """Codes of a QA-LoRA run with the adapter in the biases; of other runs merged rows."""
 
     options = (BITS, GROUP_SIZE)
-    packer: ClassVar[type[MlxPacker] | type[HfMetalPacker]]
+
+    @abstractmethod
+    def make_packer(
+        self, job: ExportSpec, codec: AffineCodec, dtype: torch.dtype
+    ) -> MlxPacker | HfMetalPacker:
+        """Return the packer of the format for codes as ``codec`` has them."""
 
     def write_export(self, job: ExportSpec) -> ExportResult:
         # float32 scales require float32 elsewhere: transformers would fail on mixed types
         kept = job.codes_state
         codec, dtype = job.make_target_codec(64), torch.float32 if kept else job.compute_dtype
-        packer = self.packer(codec.bits, codec.group_size, dtype)
+        packer = self.make_packer(job, codec, dtype)
         done = {
             "codes": "codes kept, adapter in the biases",
             "trained": "the trained codes",
@@ -244,12 +292,22 @@ class MlxExport(_FloatBiasExport):
     keeps = "QA-LoRA: codes, scales, float32 biases. LoRA: merged, 2/3/4/8 bits"
     loads_with = "mlx-lm"
     classifier_limit = "mlx-lm has no classifiers"
-    packer = MlxPacker
+    experts = MlxExperts()
     consumer = ProcessConsumer(
         "mlx", run_mlx, "mlx_lm", "DIST_PEFT_MLX_PYTHON", "pip install 'mlx[cpu]' mlx-lm"
     )
 
+    def make_packer(
+        self, job: ExportSpec, codec: AffineCodec, dtype: torch.dtype
+    ) -> MlxPacker | HfMetalPacker:
+        described = read_json_object(job.directory / "config.json")
+        return MlxPacker(codec.bits, codec.group_size, dtype, described)
+
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
+        described = read_json_object(run.directory / "config.json")
+        kind = str(described.get("model_type", ""))
+        if reason := find_mlx_obstacle(run.skeleton.model_config, kind):
+            return reason
         rows = run.codec.affine_rows
         if rows is None or not run.limits.fits_zero_points:
             return None
@@ -265,10 +323,14 @@ class HfMetalExport(_FloatBiasExport):
     keeps = "QA-LoRA: codes, scales, float32 biases. LoRA: merged, 2/4/8 bits"
     loads_with = "transformers, CPU or Apple GPU"
     experts = ExpertLayout(dense_stacks=True)
-    packer = HfMetalPacker
     consumer = TransformersConsumer(
         needs=("accelerate",),
         # its default device is an Apple GPU; linears take the type of their scales, which all
         # else must match
         settings={"device_map": "cpu", "dtype": "auto"},
     )
+
+    def make_packer(
+        self, job: ExportSpec, codec: AffineCodec, dtype: torch.dtype
+    ) -> MlxPacker | HfMetalPacker:
+        return HfMetalPacker(codec.bits, codec.group_size, dtype)

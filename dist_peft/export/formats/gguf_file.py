@@ -1,10 +1,7 @@
 """``gguf``: one file that llama.cpp runs, with tokenizer and metadata.
 
-Linears of the blocks are stored in one of::
-
-    Q4_1    32 weights: fp16 d, fp16 m, 16 bytes    w = d q + m    byte j: codes j, j + 16
-    Q8_0    32 weights: fp16 d, 32 int8             w = d q        d = max |w| / 127
-    F16
+Linears of the blocks are stored in Q4_1, Q8_0 (``gguf_blocks``) or F16. Experts whose MXFP4 codes
+training kept are stored in MXFP4 with any of them.
 
 Q8_0 keeps 8-bit codes that were trained through the quantizer with ``base.quant.solver: absmax``,
 whose zeros are 128: ``w = d (q - 128)``, to the last bit.
@@ -15,12 +12,15 @@ linears whose ``in`` is not a multiple of 32 are stored in the run's compute typ
 in float32.
 
 The ``gguf`` package writes header, metadata and tensor table; rows then follow at their offsets.
+Those of one weight may belong to two tensors (``gate_proj`` and ``up_proj``): they are read once.
 """
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -30,15 +30,22 @@ from torch import Tensor
 from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.span import Span
-from dist_peft.export.base_weights import BaseWeight, split_stacks
-from dist_peft.export.formats.gguf_model import GgufModelLayout
+from dist_peft.export.base_weights import BaseWeight, split_experts
+from dist_peft.export.formats.gguf_blocks import (
+    BLOCK,
+    pack_mxfp4_blocks,
+    pack_q4_1_blocks,
+    pack_q8_0_blocks,
+    pack_symmetric_codes,
+)
+from dist_peft.export.formats.gguf_model import GgufModelLayout, RowTarget
 from dist_peft.export.formats.gguf_tokenizer import add_tokenizer_metadata
-from dist_peft.export.formats.groups import BiasGroups, convert_to_bias_groups, quantize_bias_groups
+from dist_peft.export.formats.groups import convert_to_bias_groups, quantize_bias_groups
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import WriteResult
 from dist_peft.export.stopping import read_turn_end_ids
-from dist_peft.quant.codec_defaults import AffineParts
-from dist_peft.quant.packed_rows import divide_exactly
+from dist_peft.model.experts import ExpertStack
+from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.store.fileio import (
     make_temporary_name,
     sync_directory,
@@ -46,22 +53,25 @@ from dist_peft.store.fileio import (
     write_exactly,
 )
 
-__all__ = ["pack_q4_1_blocks", "pack_q8_0_blocks", "pack_symmetric_codes", "write_gguf_file"]
+__all__ = ["write_gguf_file"]
 
-BLOCK = 32
-_MIDDLE = 128
 _IGNORED = np.dtype(np.float32)  # the writer ignores it if a GGML type is passed
 
 _Kind = gguf.GGMLQuantizationType
 _FLOATS = {torch.float32: _Kind.F32, torch.float16: _Kind.F16, torch.bfloat16: _Kind.BF16}
-_ROUTER, _SHARED_GATE = ".ffn_gate_inp.", ".ffn_gate_inp_shexp.weight"
-"""Tensors that llama.cpp has in float32; the second as a vector."""
+_ROUTER = ".ffn_gate_inp."
+_VECTORS = (".ffn_gate_inp_shexp.weight", ".exp_probs_b.bias")
+_EXPERT_BIAS = "_exps.bias"
+"""Tensors that llama.cpp has in float32, those of the second line as vectors."""
 
-_KINDS = {"q4_1": _Kind.Q4_1, "q8_0": _Kind.Q8_0, "f16": _Kind.F16}
+_KINDS = {"q4_1": _Kind.Q4_1, "q8_0": _Kind.Q8_0, "f16": _Kind.F16, "mxfp4": _Kind.Q8_0}
+"""Type of the linears; experts of ``mxfp4`` are in MXFP4."""
+
 _FILE_TYPES = {
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "mxfp4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
 }
 
 
@@ -72,7 +82,7 @@ def write_gguf_file(
 
     Args:
         walk: the merged weights to write.
-        kind: q4_1, q8_0 or f16, for linears of blocks.
+        kind: q4_1, q8_0, f16 or mxfp4, for linears of blocks.
         file: path of the new file.
         tokenizer: directory with the tokenizer's files.
         name: name of the model in the metadata.
@@ -85,8 +95,9 @@ def write_gguf_file(
         UserError: an architecture or tokenizer that cannot be written, or the disk is full.
     """
     model = GgufModelLayout(walk.skeleton)
-    walk.weights = split_stacks(walk.weights, walk.skeleton)
-    tensors = _plan_tensors(walk, model, kind, dtype)
+    walk.weights = split_experts(walk.weights)
+    plan = _plan_tensors(walk, model, kind, dtype)
+    tensors = plan.tensors
     size = sum(tensor.num_bytes for tensor in tensors)
     factors = model.compute_rope_factors()
     made_directory = not file.parent.exists()
@@ -111,7 +122,7 @@ def write_gguf_file(
             writer.write_ti_data_to_file()
             writer.close()
             with return_freed_memory():
-                _append_tensors(walk, model, tensors, temporary, factors, dtype)
+                _append_tensors(walk, model, plan, temporary, factors, dtype)
             walk.check_all_consumed()
             os.replace(temporary, file)
             sync_directory(file.parent)
@@ -119,76 +130,151 @@ def write_gguf_file(
             temporary.unlink(missing_ok=True)
             if made_directory and not any(file.parent.iterdir()):
                 file.parent.rmdir()
-    weights = [(w, tensor.kind == _KINDS[kind]) for tensor in tensors for w in tensor.weights]
-    packed = [w for w, is_packed in weights if w.is_block_linear and is_packed]
+    done = {_KINDS[kind], _Kind.MXFP4}
+    weights = [(w, plan.sources[w.name]) for w in walk.weights if w.name in plan.sources]
+    linears = [(w, found[0][0].kind in done) for w, found in weights if w.is_block_linear]
+    packed = sum(is_packed for _, is_packed in linears)
     merged = sum(walk.is_adapted(w) for w in walk.weights)
-    left = tuple(w.name_stem for w, done in weights if w.is_block_linear and not done)
-    return WriteResult(len(tensors), len(packed), merged, file.stat().st_size, left)
+    left = tuple(w.name_stem for w, is_packed in linears if not is_packed)
+    return WriteResult(len(tensors), packed, merged, file.stat().st_size, left)
 
 
-@dataclass(frozen=True)
+class _RowSource(NamedTuple):
+    """Rows of a weight that are consecutive rows of a tensor.
+
+    Attributes:
+        rows: which ones; of a bias of experts, each number is a row.
+        first: row of the tensor that the first of them is.
+    """
+
+    tensor: "_GgufTensor"
+    rows: range
+    first: int
+
+
+@dataclass(eq=False)
 class _GgufTensor:
-    """A tensor of the file: a weight of the base, or those of all experts, in their order."""
+    """A tensor of the file: rows of a weight of the base, or of those of all experts.
+
+    Attributes:
+        shape: as the file has it, the columns last.
+        num_rows: of ``columns`` numbers each.
+        offset: place of its first byte after the table.
+    """
 
     name: str
     kind: _Kind
-    weights: tuple[BaseWeight, ...]
+    shape: tuple[int, ...]
+    num_rows: int
+    columns: int
+    offset: int = 0
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        first = tuple(self.weights[0].info.shape)
-        if self.weights[0].is_expert:
-            return (len(self.weights), *first)
-        return first[1:] if self.name.endswith(_SHARED_GATE) else first
+    def row_bytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return self.columns // block * size
 
     @property
     def num_bytes(self) -> int:
-        return sum(_count_row_bytes(w, self.kind) * w.num_rows for w in self.weights)
+        return self.num_rows * self.row_bytes
+
+
+@dataclass
+class _Plan:
+    """The tensors of a file, and where the rows of each weight go, by the weight's name."""
+
+    tensors: list[_GgufTensor]
+    sources: dict[str, list[_RowSource]]
 
 
 def _plan_tensors(
     walk: MergedWeights, model: GgufModelLayout, kind: str, dtype: torch.dtype
-) -> list[_GgufTensor]:
+) -> _Plan:
     """Return the tensors of the file in the order of the base's."""
-    found: dict[str, list[BaseWeight]] = {}
+    tensors: dict[str, _GgufTensor] = {}
+    sources: dict[str, list[_RowSource]] = {}
     for weight in walk.weights:
-        if (name := model.map_tensor_name(weight)) is not None:
-            found.setdefault(name, []).append(weight)
-    tensors = []
-    for name, weights in found.items():
-        weights.sort(key=lambda weight: weight.first)
-        wide = _ROUTER in name or name.endswith(_SHARED_GATE)
-        own = _Kind.F32 if wide else _choose_tensor_kind(walk, weights[0], kind, dtype)
-        tensors.append(_GgufTensor(name, own, tuple(weights)))
-    return tensors
+        for target in model.list_targets(weight):
+            columns = _count_columns(weight, target.name)
+            rows = range(math.prod(weight.info.shape) // columns)[target.rows]
+            if target.name not in tensors:
+                own = _choose_tensor_kind(walk, weight, target.name, kind, dtype)
+                shape = _choose_shape(weight, target, len(rows), columns)
+                count = math.prod(shape) // columns
+                tensors[target.name] = _GgufTensor(target.name, own, shape, count, columns)
+            first = len(rows) * (target.expert or 0)
+            sources.setdefault(weight.name, []).append(
+                _RowSource(tensors[target.name], rows, first)
+            )
+    place = 0
+    for tensor in tensors.values():
+        tensor.offset, place = place, _align_offset(place + tensor.num_bytes)
+    return _Plan(list(tensors.values()), sources)
+
+
+def _count_columns(weight: BaseWeight, name: str) -> int:
+    """Return the numbers of a row that is never divided."""
+    return 1 if name.endswith(_EXPERT_BIAS) else math.prod(weight.info.shape[1:])
+
+
+def _choose_shape(
+    weight: BaseWeight, target: RowTarget, rows: int, columns: int
+) -> tuple[int, ...]:
+    if target.expert is not None:
+        assert isinstance(weight.linear, ExpertStack)
+        return (weight.linear.experts, rows, columns)
+    shape = tuple(weight.info.shape)
+    if target.name.endswith(_EXPERT_BIAS):
+        return (shape[0], rows // shape[0])
+    if target.name.endswith(_VECTORS):
+        return (math.prod(shape),)
+    return (rows, *shape[1:])
 
 
 def _append_tensors(
     walk: MergedWeights,
     model: GgufModelLayout,
-    tensors: Iterable[_GgufTensor],
+    plan: _Plan,
     file: Path,
     factors: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    """Append the tensors after the table; each begins at a multiple of the alignment."""
+    """Write the tensors after the table; each begins at a multiple of the alignment."""
     descriptor = os.open(file, os.O_WRONLY)
     try:
-        place = _align_offset(os.fstat(descriptor).st_size)
-        for tensor in tensors:
-            for weight in tensor.weights:
-                for span in walk.iterate_spans(weight, model.get_row_multiple(weight)):
-                    data = _encode_rows(walk, model, weight, span, tensor.kind, dtype)
-                    write_exactly(descriptor, data.numpy().data, place)
-                    place += data.numel()
-            place = _align_offset(place)
+        begin = _align_offset(os.fstat(descriptor).st_size)
+        last = plan.tensors[-1]
+        end = begin + _align_offset(last.offset + last.num_bytes)
+        for weight in walk.weights:
+            if not (sources := plan.sources.get(weight.name, [])):
+                continue
+            for span in walk.iterate_spans(weight, model.get_row_multiple(weight)):
+                rows = _encode_rows(walk, model, weight, span, sources[0].tensor, dtype)
+                first = span.start * (len(rows) // len(span))
+                for place, data in _place_rows(rows, first, sources):
+                    write_exactly(descriptor, data.numpy().data, begin + place)
         if factors is not None:
-            write_exactly(descriptor, factors.view(torch.uint8).numpy().data, place)
-            place = _align_offset(place + factors.nbytes)
-        os.ftruncate(descriptor, place)
+            write_exactly(descriptor, factors.view(torch.uint8).numpy().data, end)
+            end = _align_offset(end + factors.nbytes)
+        os.ftruncate(descriptor, end)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _place_rows(
+    rows: Tensor, first: int, sources: list[_RowSource]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the bytes of each tensor among ``rows`` [n, row_bytes] of a weight, of which the first
+    is number ``first``, and their place after the table."""
+    for tensor, chosen, begin in sources:
+        past, until = (
+            len(range(chosen.start, min(row, chosen.stop), chosen.step))
+            for row in (first, first + len(rows))
+        )
+        if mine := chosen[past:until]:
+            picked = rows[mine.start - first : mine[-1] + 1 - first : mine.step]
+            yield tensor.offset + (begin + past) * tensor.row_bytes, picked.reshape(-1)
 
 
 def _align_offset(size: int) -> int:
@@ -196,12 +282,14 @@ def _align_offset(size: int) -> int:
 
 
 def _choose_tensor_kind(
-    walk: MergedWeights, weight: BaseWeight, kind: str, dtype: torch.dtype
+    walk: MergedWeights, weight: BaseWeight, name: str, kind: str, dtype: torch.dtype
 ) -> _Kind:
-    if len(weight.info.shape) < 2:
+    if len(weight.info.shape) < 2 or _ROUTER in name or name.endswith((_EXPERT_BIAS, *_VECTORS)):
         return _Kind.F32
     if not walk.is_packable(weight) or (kind != "f16" and weight.num_columns % BLOCK):
         return _FLOATS[dtype]
+    if _keeps_mxfp4(walk, weight) or (kind == "mxfp4" and weight.is_expert):
+        return _Kind.MXFP4
     if kind == "q4_1" and walk.state in ("codes", "trained"):
         bits, group = getattr(weight.codec, "bits", 0), getattr(weight.codec, "group_size", 0)
         if bits > 4 or group % BLOCK:
@@ -212,10 +300,11 @@ def _choose_tensor_kind(
     return _KINDS[kind]
 
 
-def _count_row_bytes(weight: BaseWeight, kind: _Kind) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    columns = torch.Size(weight.info.shape[1:]).numel()
-    return columns // block * size
+def _keeps_mxfp4(walk: MergedWeights, weight: BaseWeight) -> bool:
+    """Whether the rows of training are in MXFP4, whole blocks, and are the weight's."""
+    codec = weight.codec
+    has_codes = codec is not None and codec.mxfp4_rows is not None
+    return has_codes and weight.num_columns % BLOCK == 0 and walk.keeps_codes(weight)
 
 
 def _encode_rows(
@@ -223,63 +312,41 @@ def _encode_rows(
     model: GgufModelLayout,
     weight: BaseWeight,
     span: Span,
-    kind: _Kind,
+    tensor: _GgufTensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return rows ``span`` as a flat tensor of bytes, in llama.cpp's row order."""
-    if kind == _Kind.Q4_1 and walk.state in ("codes", "trained"):
+    """Return rows ``span`` in llama.cpp's order, uint8 [n, row_bytes]."""
+    kind = tensor.kind
+    if kind == _Kind.MXFP4 and _keeps_mxfp4(walk, weight):
+        stored = pack_mxfp4_blocks(walk.read_packed_rows(weight, span), weight.num_columns)
+    elif kind == _Kind.Q4_1 and walk.state in ("codes", "trained"):
         parts = walk.read_affine_parts(weight, span)
         stored = pack_q4_1_blocks(
             convert_to_bias_groups(parts, weight.num_columns, BLOCK, torch.float16)
         )
-    elif kind == _Kind.Q8_0 and walk.state == "trained":
+    elif kind == _Kind.Q8_0 and walk.state == "trained" and _has_affine_rows(weight):
         parts = walk.read_affine_parts(weight, span)
         stored = pack_symmetric_codes(parts, weight.num_columns)
     else:
         rows = walk.read_merged_rows(weight, span)
         if not weight.is_block_linear:
             rows = rows.to(weight.wide or dtype)  # the type that training used
-        rows = model.shift_rows(weight.path, rows.float())
-        if kind == _Kind.Q4_1:
-            stored = pack_q4_1_blocks(quantize_bias_groups(rows, 4, BLOCK, torch.float16))
-        elif kind == _Kind.Q8_0:
-            stored = pack_q8_0_blocks(rows)
-        else:
-            types = {own: dtype for dtype, own in _FLOATS.items()}
-            stored = rows.to(types[kind]).contiguous()
-    return model.reorder_rows(weight, stored).contiguous().reshape(-1).view(torch.uint8)
+        stored = _convert_rows(model.shift_rows(weight.path, rows.float()), kind)
+    flat = model.reorder_rows(weight, stored).contiguous().view(-1)
+    return flat.view(torch.uint8).view(-1, tensor.row_bytes)
 
 
-def pack_q4_1_blocks(groups: BiasGroups) -> Tensor:
-    """Pack groups of 32 codes below 16 with fp16 scale and bias to uint8 [rows, blocks * 20]."""
-    rows, blocks = groups.scale.shape
-    codes = groups.codes.reshape(rows, blocks, 2, 16)
-    payload = codes[:, :, 0] | codes[:, :, 1] << 4
-    ends = torch.stack((groups.scale, groups.bias), -1).half().view(torch.uint8)
-    return torch.cat((ends, payload), -1).flatten(1)
+def _has_affine_rows(weight: BaseWeight) -> bool:
+    return weight.codec is not None and weight.codec.affine_rows is not None
 
 
-def pack_symmetric_codes(parts: AffineParts, columns: int) -> Tensor:
-    """Pack 8-bit codes whose zeros are 128 to Q8_0, uint8 [n, in / 32 * 34]; nothing is rounded.
-
-    Raises:
-        UserError: another zero.
-    """
-    if bool((parts.zero != _MIDDLE).any()):
-        raise UserError(
-            "gguf Q8_0 has no zeros, and the run has others than those of base.quant.solver: "
-            "absmax (adapter.through_zeros trains them): use --type f16"
-        )
-    rows, groups = parts.scale.shape
-    codes = (parts.codes ^ _MIDDLE)[:, :columns].reshape(rows, -1, BLOCK)  # as int8, less 128
-    repeat = parts.codes.shape[1] // groups // BLOCK
-    scale = parts.scale.repeat_interleave(repeat, 1)[:, : codes.shape[1], None].contiguous()
-    return torch.cat((scale.view(torch.uint8), codes), -1).flatten(1)
-
-
-def pack_q8_0_blocks(rows: Tensor) -> Tensor:
-    """Quantize float32 [n, in] to Q8_0, uint8 [n, in / 32 * 34], rounded to nearest."""
-    blocks = rows.reshape(rows.shape[0], -1, BLOCK)
-    scale = divide_exactly(blocks.abs().amax(-1, keepdim=True), 127)
-    codes = torch.where(scale > 0, blocks / scale, 0.0).round_().clamp_(-127, 127).to(torch.int8)
-    return torch.cat((scale.half().view(torch.uint8), codes.view(torch.uint8)), -1).flatten(1)
+def _convert_rows(rows: Tensor, kind: _Kind) -> Tensor:
+    """Round float32 rows to a type of ggml."""
+    if kind == _Kind.Q4_1:
+        return pack_q4_1_blocks(quantize_bias_groups(rows, 4, BLOCK, torch.float16))
+    if kind == _Kind.Q8_0:
+        return pack_q8_0_blocks(rows)
+    if kind == _Kind.MXFP4:
+        return pack_mxfp4_blocks(Mxfp4Codec().quantize_to_packed(rows), rows.shape[-1])
+    types = {own: dtype for dtype, own in _FLOATS.items()}
+    return rows.to(types[kind])

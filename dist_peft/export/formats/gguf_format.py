@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.errors import UserError
+from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.export_format import (
     ACT_ORDER,
     ExportOption,
@@ -25,6 +26,7 @@ from dist_peft.export.verify_formats import (
 )
 from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.model_files import copy_model_files
+from dist_peft.quant.codec import make_codec
 from dist_peft.store.fileio import remove_temporary_files
 from dist_peft.store.publish import publish_directory
 
@@ -32,8 +34,9 @@ __all__ = ["LLAMA_CPP", "GgufExport", "find_layout_obstacle"]
 
 TYPE = ExportOption(
     "type",
-    "default: q4_1 where it keeps QA-LoRA's codes, else q8_0",
-    {"choices": ("q4_1", "q8_0", "f16")},
+    "default: q4_1 or mxfp4 where it keeps the codes of training, else q8_0; mxfp4: experts, and "
+    "q8_0 for the rest",
+    {"choices": ("q4_1", "q8_0", "f16", "mxfp4")},
 )
 
 
@@ -92,6 +95,8 @@ def _is_read_by_transformers(file: Path) -> bool:
 def _find_kept_type(job: ExportSpec) -> str | None:
     """Return the type whose blocks hold the run's codes as they are; None: none does."""
     codec, quant = job.integer_codec, job.base.quant
+    if job.trained_codes and make_codec(quant, job.compute_dtype).mxfp4_rows is not None:
+        return "mxfp4"
     if job.codes_state is None or codec is None or codec.group_size % 32:
         return None
     if codec.bits <= 4:
@@ -102,13 +107,14 @@ def _find_kept_type(job: ExportSpec) -> str | None:
 
 
 class GgufExport(PackedExport):
-    """A file of llama.cpp, in Q4_1, Q8_0 or F16."""
+    """A file of llama.cpp, in Q4_1, Q8_0, MXFP4 or F16."""
 
     name = "gguf"
-    keeps = "QA-LoRA: codes, scales, fp16 biases (Q4_1). LoRA: merged, Q4_1/Q8_0/F16"
+    keeps = "QA-LoRA: codes, scales, fp16 biases (Q4_1). MXFP4 of experts. LoRA: merged"
     loads_with = "llama.cpp, transformers"
     classifier_limit = "GGUF has names for the heads of a few rerankers only"
     options = (TYPE,)
+    experts = ExpertLayout(stacked=True)
     consumer = TransformersConsumer(needs=("gguf",), file_argument="gguf_file")
     """Where llama.cpp is not installed, of models that ``transformers`` reads."""
 
@@ -120,8 +126,11 @@ class GgufExport(PackedExport):
             raise UserError("format gguf needs the gguf package; pip install 'dist_peft[export]'")
         from dist_peft.export.formats.gguf_file import write_gguf_file
 
-        kind = job.options.get(TYPE.key) or ("q4_1" if _find_kept_type(job) == "q4_1" else "q8_0")
-        kept = job.codes_state is not None and kind in ("q4_1", _find_kept_type(job))
+        kept_type = _find_kept_type(job)
+        default = kept_type if kept_type in ("q4_1", "mxfp4") else "q8_0"
+        kind = job.options.get(TYPE.key) or default
+        state = "trained" if kept_type == "mxfp4" else job.codes_state
+        kept = state is not None and kind in ("q4_1", kept_type)
         file = job.out if job.out.suffix == ".gguf" else job.out / f"model-{kind}.gguf"
         is_directory = file.parent == job.out
         if is_directory:
@@ -129,7 +138,7 @@ class GgufExport(PackedExport):
         elif file.is_dir() or (file.exists() and not job.overwrite):
             raise UserError(f"{file} exists; choose another file, or replace it with --overwrite")
         with (
-            job.open_weights(job.codes_state if kept else None) as walk,
+            job.open_weights(state if kept else None) as walk,
             tempfile.TemporaryDirectory() as scratch,
             publish_directory(job.out) if is_directory else nullcontext(file.parent) as out,
         ):
@@ -152,12 +161,13 @@ class GgufExport(PackedExport):
     def consumers(self) -> tuple[Consumer, ...]:
         return (LLAMA_CPP, self.consumer)
 
-    verification_limit = "Gemma and mixtures, which xllamacpp compares"
+    verification_limit = "models that transformers does not read; xllamacpp compares these"
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
-        if not LLAMA_CPP.find_python() and not _is_read_by_transformers(request.path):
-            from dist_peft.export.formats.gguf_lora_check import compare_by_llama_cpp
+        from dist_peft.export.formats.gguf_lora_check import LLAMA_CPP_SERVER, compare_by_llama_cpp
 
+        by_server = LLAMA_CPP_SERVER.find_python() or not _is_read_by_transformers(request.path)
+        if not LLAMA_CPP.find_python() and by_server:
             letter = load_tokenizer(job.directory).encode("a", add_special_tokens=False)[-1]
             return compare_by_llama_cpp(request, letter)
         consumer: Consumer = LLAMA_CPP if LLAMA_CPP.find_python() else self.consumer

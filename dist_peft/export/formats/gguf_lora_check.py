@@ -5,8 +5,9 @@ comparison a temporary one is written, in float32, of the base as training saw i
 blocks dequantized). llama.cpp runs in a process of its own through xllamacpp; its server returns
 log-probabilities, so those of the probe are compared.
 
-Without llama.cpp the gguf package reads the file, and the change by its rule, ``alpha / r * B A``
-(``B A`` where alpha is 0), is added to the weights of plain ``transformers``.
+Without llama.cpp, and of mixtures of experts, the gguf package reads the file, and the change by
+its rule, ``alpha / r * B A`` (``B A`` where alpha is 0), is added to the weights of plain
+``transformers``.
 """
 
 import json
@@ -31,6 +32,7 @@ from dist_peft.export.verdict import VerificationError
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.export.verify_adapter import load_trained_base
 from dist_peft.export.verify_formats import ConsumerRequest, ProcessConsumer
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.skeleton import build_skeleton
 
@@ -111,8 +113,10 @@ def verify_gguf_lora(
         VerificationError: the file cannot be loaded, or names a tensor that the base has not.
     """
     model = load_trained_base(base, directory, ())
-    layout = GgufModelLayout(build_skeleton(base, directory))
-    if LLAMA_CPP_SERVER.find_python() is not None:
+    skeleton = build_skeleton(base, directory)
+    layout = GgufModelLayout(skeleton)
+    has_experts = any(isinstance(m, ExpertStack) for m in skeleton.model.modules())
+    if LLAMA_CPP_SERVER.find_python() is not None and not has_experts:
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "base.gguf"
             try:
@@ -161,9 +165,9 @@ def _compare_by_reader(
     model: nn.Module, layout: GgufModelLayout, request: ConsumerRequest
 ) -> tuple[str, Comparison]:
     log.info(
-        "llama.cpp is not here: the file is read by the gguf package, and computed with in "
-        "transformers; pip install xllamacpp, here or in an environment whose Python "
-        "%s names, to compare by llama.cpp",
+        "llama.cpp is not here, or the base has experts: the file is read by the gguf package, "
+        "and computed with in transformers; pip install xllamacpp, here or in an environment whose "
+        "Python %s names, to compare by llama.cpp",
         LLAMA_CPP_SERVER.variable,
     )
     changes = read_lora_changes(request.path)

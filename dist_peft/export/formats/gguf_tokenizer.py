@@ -29,12 +29,34 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PRE = {
-    _LLAMA3: "llama-bpe",
-    _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
-    _GPT2: "gpt-2",
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4O = (
+    rf"{_WORD}{_UPPER}*{_LOWER}+{_SHORT}|{_WORD}{_UPPER}+{_LOWER}*{_SHORT}|\p{{N}}{{1,3}}|{_REST}"
+)
+_TEKKEN = rf"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\p{{N}}|{_REST}"
+_DIGITS = r"\p{N}"
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_PRE: dict[tuple[str, ...], str] = {
+    (_LLAMA3,): "dbrx",
+    (_LLAMA3.replace(r"\p{N}{1,3}", _DIGITS),): "qwen2",
+    (_GPT2,): "gpt-2",
+    (_GPT4O,): "gpt-4o",
+    (_TEKKEN,): "tekken",
+    (_DIGITS, _GPT2): "starcoder",
+    _DEEPSEEK3: "deepseek-v3",
 }
-"""Regular expression of the pre-tokenizer -> llama.cpp's name for it."""
+"""Regular expressions of the pre-tokenizer, in turn -> llama.cpp's name for them."""
+
+_WHOLE_WORDS = {"dbrx": "llama-bpe"}
+"""The name where a piece that is a token is not merged of others (``ignore_merges``)."""
 
 _UNUSED_SCORE = -1000.0
 
@@ -123,24 +145,32 @@ def _compute_merge_scores(model: dict[str, Any]) -> dict[str, float]:
 def _find_pre_tokenizer(tree: dict[str, Any], file: Path) -> str:
     step = tree.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
-    patterns = [s["pattern"].get("Regex", "") for s in steps if s.get("type") == "Split"]
-    byte_level = [s for s in steps if s.get("type") == "ByteLevel"]
-    if len(byte_level) + len(patterns) < len(steps) or not byte_level or len(patterns) > 1:
-        raise _make_tokenizer_error(
-            file, "it splits text in other steps than GPT-2, Llama 3 and Qwen 2"
-        )
-    if byte_level[0].get("add_prefix_space"):
-        raise _make_tokenizer_error(file, "it adds a space before the text")
-    if not patterns and byte_level[0].get("use_regex", True):
-        return _PRE[_GPT2]
-    pattern = patterns[0] if patterns else ""
-    if pattern not in _PRE:
-        raise _make_tokenizer_error(file, f"it splits text by {pattern!r}")
-    return _PRE[pattern]
+    patterns = tuple(pattern for one in steps for pattern in _list_patterns(one, file))
+    if steps[-1].get("type") != "ByteLevel":
+        raise _make_tokenizer_error(file, f"its last step is {steps[-1].get('type')}")
+    if patterns not in _PRE:
+        raise _make_tokenizer_error(file, f"it splits text by {' and '.join(patterns)!r}")
+    name = _PRE[patterns]
+    return _WHOLE_WORDS.get(name, name) if tree["model"].get("ignore_merges") else name
+
+
+def _list_patterns(step: dict[str, Any], file: Path) -> list[str]:
+    """Return the expressions by which a step splits text."""
+    kind, pattern = step.get("type"), step.get("pattern", {}).get("Regex")
+    if kind == "ByteLevel":
+        if step.get("add_prefix_space"):
+            raise _make_tokenizer_error(file, "it adds a space before the text")
+        return [_GPT2] if step.get("use_regex", True) else []
+    if kind == "Digits" and step.get("individual_digits"):
+        return [_DIGITS]
+    if kind == "Split" and pattern and not step.get("invert"):
+        return [pattern]
+    raise _make_tokenizer_error(file, f"it splits text by {kind}, which llama.cpp has not")
 
 
 def _make_tokenizer_error(file: Path, why: str) -> UserError:
     return UserError(
         f"{file} cannot be converted to gguf ({why}); supported are byte-level BPE as in GPT-2, "
-        "Llama 3 and Qwen 2, and SentencePiece BPE with byte fallback. Choose another format"
+        "GPT-4o, Llama 3, Qwen 2, StarCoder, DeepSeek V3 and Mistral's Tekken, and SentencePiece "
+        "BPE with byte fallback. Choose another format"
     )

@@ -107,7 +107,7 @@ def test_forms_of_stacks_without_names_of_single_experts(
     assert ExpertLayout(linear_types=frozenset({"granitemoe"})).choose_form(model) == "linears"
     assert ExpertLayout(dense_stacks=True).find_obstacle(model) is None
     with pytest.raises(UserError, match="is a mixture of experts: the base's files have"):
-        export_model("mlx", run.job(tmp_path / "out"))
+        export_model("awq", run.job(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

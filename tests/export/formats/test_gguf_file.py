@@ -6,18 +6,19 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from dist_peft.core.config.run import QuantConfig
+from dist_peft.adapters.directory import write_adapter_directory
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.formats.gguf_file import (
-    pack_q4_1_blocks,
-    pack_q8_0_blocks,
-    pack_symmetric_codes,
-)
-from dist_peft.export.formats.groups import convert_to_bias_groups, quantize_bias_groups
+from dist_peft.export.formats.export_spec import ExportSpec
 from dist_peft.export.formats.registry import export_model
-from dist_peft.quant.affine import AffineCodec
-from tests.support.export_runs import FakeRun, make_run
+from dist_peft.quant.mxfp4 import Mxfp4Codec
+from tests.support.export_runs import FakeRun, make_run, save_tokenizer
+from tests.support.gguf_configs import config_of_family
+from tests.support.packed_floats import GPT_OSS, save_mxfp4
+from tests.support.tiny_models import save_model
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -110,53 +111,6 @@ def test_lora_merged(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_blocks_equal_the_packages_own() -> None:
-    rows = torch.randn(3, 96, generator=torch.Generator().manual_seed(4))
-    found = pack_q8_0_blocks(rows).numpy()
-    assert np.array_equal(found, gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0))
-    groups = quantize_bias_groups(rows, 4, 32, torch.float16)
-    values = gguf.dequantize(pack_q4_1_blocks(groups).numpy(), gguf.GGMLQuantizationType.Q4_1)
-    np.testing.assert_allclose(values, groups.dequantize().numpy(), rtol=1e-6, atol=1e-6)
-    assert np.array_equal(pack_q8_0_blocks(torch.zeros(1, 32)).numpy(), np.zeros((1, 34), np.uint8))
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", [32, 64])
-def test_blocks_hold_symmetric_codes_without_rounding(bits: int, group: int) -> None:
-    """The gguf package's values are the codec's, bit for bit: ``scale * zero`` is exact."""
-    codec = AffineCodec(bits, group, "absmax")
-    rows = torch.randn(3, 96, generator=torch.Generator().manual_seed(4))
-    packed = codec.quantize_to_packed(rows)
-    parts = codec.split_packed_rows(packed, 96)
-    if bits == 8:
-        stored, kind = pack_symmetric_codes(parts, 96), gguf.GGMLQuantizationType.Q8_0
-        with pytest.raises(UserError, match="gguf Q8_0 has no zeros"):
-            pack_symmetric_codes(parts._replace(zero=parts.zero + 1), 96)
-    else:
-        groups = convert_to_bias_groups(parts, 96, 32, torch.float16)
-        stored, kind = pack_q4_1_blocks(groups), gguf.GGMLQuantizationType.Q4_1
-    found = gguf.dequantize(stored.numpy(), kind)
-    assert np.array_equal(found, codec.dequantize_rows(packed, 96, torch.float32).numpy())
-
-
-def test_q8_0_rounds_codes_with_zeros_again() -> None:
-    """Codes less their zeros need more than 8 bits; the error is at most 0.57 of a scale."""
-    codec = AffineCodec(8, 32)
-    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(4)) + 1
-    packed = codec.quantize_to_packed(weight)
-    parts, rows = (
-        codec.split_packed_rows(packed, 96),
-        codec.dequantize_rows(packed, 96, torch.float),
-    )
-    signed = parts.codes.unflatten(1, (3, 32)).float() - parts.zero.float().unsqueeze(-1)
-    assert float(signed.max()) > 127
-    stored = pack_q8_0_blocks(rows)
-    found = gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    scale = stored.view(64, 3, 34)[:, :, :2].contiguous().view(torch.float16).float()
-    error = (torch.from_numpy(found) - rows).abs().view(64, 3, 32)
-    assert (error <= 0.57 * scale).all() and float((error / scale).max()) > 0.45
-
-
 def test_qalora_that_q4_1_cannot_hold(tmp_path: Path) -> None:
     run = make_run(tmp_path, QuantConfig(kind="int", bits=8, group_size=32), group=32)
     with pytest.raises(UserError, match=r"not 8 bits in groups of 32; use --type q8_0 or f16"):
@@ -164,3 +118,75 @@ def test_qalora_that_q4_1_cannot_hold(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
     exported = export_model("gguf", run.job(tmp_path / "a.gguf", pooled=True))
     assert exported.how == "merged: Q8_0"
+
+
+def without_adapter(root: Path, base: Path, name: str, **options: str) -> Path:
+    """The base in a file: LoRA of zeros on q_proj of layer 0."""
+    shapes = {n: t.shape for n, t in load_file(base / "model.safetensors").items()}
+    stem = next(n for n in shapes if n.endswith("layers.0.self_attn.q_proj.weight"))
+    rows, columns = shapes[stem]
+    owner = f"base_model.model.{stem.removesuffix('.weight')}"
+    tensors = {
+        f"{owner}.lora_A.weight": torch.ones(1, columns),
+        f"{owner}.lora_B.weight": torch.zeros(rows, 1),
+    }
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    write_adapter_directory(root / "adapter", PublicAdapter(config, tensors), {})
+    settings = BaseConfig(path=str(base), compute_dtype="float32")
+    job = ExportSpec(settings, base, root / "adapter", root / name, options=options)
+    return export_model("gguf", job).path
+
+
+def test_mxfp4_experts_of_gpt_oss_keep_their_codes(tmp_path: Path) -> None:
+    """Rows of gate and up, which are in turn in the files, are in tensors of their own."""
+    save_model(GPT_OSS, tmp_path / "plain")
+    save_tokenizer(tmp_path / "plain")
+    base = save_mxfp4(tmp_path / "plain", tmp_path / "base")
+    found = read(without_adapter(tmp_path, base, "kept.gguf", type="f16"))
+    given = load_file(base / "model.safetensors")
+    for own, wanted in (
+        ("gate", slice(0, None, 2)),
+        ("up", slice(1, None, 2)),
+        ("down", slice(None)),
+    ):
+        name = f"model.layers.1.mlp.experts.{'down' if own == 'down' else 'gate_up'}_proj"
+        blocks, scales = given[f"{name}_blocks"], given[f"{name}_scales"]
+        rows = torch.cat((blocks.flatten(2), scales), -1).flatten(0, 1)
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
+        values = Mxfp4Codec().dequantize_rows(rows, blocks.shape[2] * 32, torch.float32)
+        kind, stored = found[f"blk.1.ffn_{own}_exps.weight"]
+        assert kind == "MXFP4"
+        assert torch.equal(stored, values.view(3, blocks.shape[1], -1)[:, wanted])
+        kind, bias = found[f"blk.1.ffn_{own}_exps.bias"]
+        assert kind == "F32" and torch.equal(bias, given[f"{name}_bias"].float()[:, wanted])
+    assert found["blk.0.attn_sinks.weight"][0] == "F32"
+    assert found["blk.0.attn_q.weight"][0] == "F16"
+    assert found["blk.0.ffn_gate_inp.bias"][0] == "F32"
+    rounded = read(without_adapter(tmp_path, tmp_path / "plain", "rounded.gguf", type="mxfp4"))
+    weight = load_file(tmp_path / "plain" / "model.safetensors")[
+        "model.layers.0.mlp.experts.down_proj"
+    ]
+    codec, rows = Mxfp4Codec(), weight.float().transpose(1, 2).reshape(-1, 96)
+    decoded = codec.dequantize_rows(codec.quantize_to_packed(rows), 96, torch.float32)
+    assert torch.equal(rounded["blk.0.ffn_down_exps.weight"][1].flatten(0, 1), decoded)
+    assert rounded["blk.0.attn_q.weight"][0] == "Q8_0"
+
+
+STACKED = {
+    "granitemoe": ("block_sparse_moe.input_linear.weight", False),
+    "llama4_text": ("feed_forward.experts.gate_up_proj", True),
+}
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_halves_of_stacked_experts_are_two_tensors(family: str, tmp_path: Path) -> None:
+    save_model(config_of_family(family), tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    found = read(without_adapter(tmp_path, tmp_path / "base", "a.gguf", type="f16"))
+    own, transposed = STACKED[family]
+    given = load_file(tmp_path / "base" / "model.safetensors")
+    stack = next(t for n, t in given.items() if n.endswith(f"layers.1.{own}")).half().float()
+    stack = stack.transpose(1, 2) if transposed else stack
+    half = stack.shape[1] // 2
+    assert torch.equal(found["blk.1.ffn_gate_exps.weight"][1], stack[:, :half])
+    assert torch.equal(found["blk.1.ffn_up_exps.weight"][1], stack[:, half:])

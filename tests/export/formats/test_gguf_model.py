@@ -6,24 +6,17 @@ import gguf
 import pytest
 import torch
 import transformers as tf
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.formats.gguf_model import GgufModelLayout
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.gguf_model import GgufModelLayout, RowTarget
 from dist_peft.export.formats.registry import export_model
 from dist_peft.model.skeleton import build_skeleton
-from tests.support.export_runs import llama, make_run
+from dist_peft.store.writer import TensorSpec
+from tests.support.export_runs import make_run
+from tests.support.gguf_configs import config_of_family
 from tests.support.tiny_models import CONFIGS, save_model
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 
 def model_of(config: tf.PretrainedConfig, directory: Path) -> GgufModelLayout:
@@ -64,15 +57,6 @@ def test_metadata(tmp_path: Path) -> None:
     assert "output.weight" not in {tensor.name for tensor in reader.tensors}
 
 
-def test_llama3_factors_are_those_of_transformers(tmp_path: Path) -> None:
-    config = llama(rope_parameters=LLAMA3)
-    found = model_of(config, tmp_path).compute_rope_factors()
-    assert found is not None
-    plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
-    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
-    torch.testing.assert_close(plain / found, scaled, rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_names_and_row_order_of_families(family: str, tmp_path: Path) -> None:
     model = model_of(CONFIGS[family], tmp_path)
@@ -81,20 +65,51 @@ def test_names_and_row_order_of_families(family: str, tmp_path: Path) -> None:
 
     weights = {w.path: w for w in list_base_weights(skeleton)}
     query = weights["model.layers.1.self_attn.q_proj.weight"]
-    assert model.map_tensor_name(query) == "blk.1.attn_q.weight"
+    assert model.list_targets(query) == [RowTarget("blk.1.attn_q.weight")]
     rows = torch.arange(64).unsqueeze(1)
     ordered = model.reorder_rows(query, rows).flatten().tolist()
     assert (ordered[:4] == [0, 8, 1, 9]) == (family == "mistral")
     assert sorted(ordered) == list(range(64))
     if family == "qwen3":
         norm = weights["model.layers.0.self_attn.q_norm.weight"]
-        assert model.map_tensor_name(norm) == "blk.0.attn_q_norm.weight"
+        assert model.list_targets(norm) == [RowTarget("blk.0.attn_q_norm.weight")]
         assert torch.equal(model.reorder_rows(norm, rows[:16, 0]), rows[:16, 0])
 
 
+def weight_of(path: str, *shape: int) -> BaseWeight:
+    return BaseWeight(TensorSpec(path, torch.float32, shape), path, None, path)
+
+
+def test_tensors_that_the_text_model_has_not(tmp_path: Path) -> None:
+    """Towers next to it, and layers that predict further tokens (DeepSeek V3, GLM 4.5)."""
+    model = model_of(CONFIGS["qwen2"], tmp_path)
+    for path in ("vision_model.patch.weight", "model.layers.2.eh_proj.weight"):
+        assert model.list_targets(weight_of(path, 4, 4)) == []
+    with pytest.raises(UserError, match=r"no name for tensor model\.layers\.1\.other"):
+        model.list_targets(weight_of("model.layers.1.other.weight", 4, 4))
+
+
+def test_targets_of_several_tensors(tmp_path: Path) -> None:
+    layout = model_of(config_of_family("gpt_oss"), tmp_path / "gpt_oss")
+    found = layout.list_targets(weight_of("model.layers.0.mlp.experts.gate_up_proj_bias", 4, 192))
+    assert found == [
+        RowTarget("blk.0.ffn_gate_exps.bias", slice(0, None, 2)),
+        RowTarget("blk.0.ffn_up_exps.bias", slice(1, None, 2)),
+    ]
+    assert layout.list_targets(weight_of("model.layers.1.self_attn.sinks", 4)) == [
+        RowTarget("blk.1.attn_sinks.weight")
+    ]
+    layout = model_of(config_of_family("granitemoeshared"), tmp_path / "granite")
+    assert layout.list_targets(
+        weight_of("model.layers.1.shared_mlp.input_linear.weight", 6, 4)
+    ) == [
+        RowTarget("blk.1.ffn_gate_shexp.weight", slice(3)),
+        RowTarget("blk.1.ffn_up_shexp.weight", slice(3, None)),
+    ]
+    router = weight_of("model.layers.0.block_sparse_moe.router.weight", 4, 4)
+    assert layout.list_targets(router) == [RowTarget("blk.0.ffn_gate_inp.weight")]
+
+
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not for phi; merge the run"):
-        model_of(CONFIGS["phi"], tmp_path / "phi")
-    yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(UserError, match="rotary scaling 'yarn'"):
-        model_of(llama(rope_parameters=yarn), tmp_path / "yarn")
+    with pytest.raises(UserError, match="not for opt; merge the run"):
+        model_of(CONFIGS["opt"], tmp_path / "opt")

@@ -11,7 +11,7 @@ import pytest
 import transformers as tf
 
 from dist_peft.core.errors import UserError
-from dist_peft.export.formats.gguf_tokenizer import _GPT2, _LLAMA3, add_tokenizer_metadata
+from dist_peft.export.formats.gguf_tokenizer import _GPT2, _LLAMA3, _PRE, add_tokenizer_metadata
 from tests.support.export_runs import TEXT, VOCABULARY, save_tokenizer
 from tests.support.tiny_runs import save_words
 
@@ -46,25 +46,38 @@ def test_byte_level(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.merges"] == [" ".join(merge) for merge in merges]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "name"),
-    [(_LLAMA3, "llama-bpe"), (_LLAMA3.replace("{1,3}", ""), "qwen2"), (_GPT2, "gpt-2")],
-)
-def test_cutting_expression_is_named(pattern: str, name: str, tmp_path: Path) -> None:
+def make_steps(patterns: tuple[str, ...]) -> dict[str, Any]:
+    """A pre-tokenizer that splits by the expressions in turn, as published files have them."""
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
+        for p in patterns
+        if p != _GPT2
+    ]
+    if len(patterns) == 2:
+        steps = [{"type": "Digits", "individual_digits": True}]
+    by_itself = _GPT2 in patterns
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": by_itself}
+    return {"type": "Sequence", "pretokenizers": [*steps, last]}
+
+
+@pytest.mark.parametrize("patterns", _PRE, ids=_PRE.values())
+def test_cutting_expressions_are_named(patterns: tuple[str, ...], tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    steps = {"type": "Sequence", "pretokenizers": [split, bytes_only]}
+    steps = make_steps(patterns)
     change(tmp_path, pre_tokenizer=steps)
-    assert written(tmp_path)["tokenizer.ggml.pre"] == name
-    change(tmp_path, pre_tokenizer={**steps, "pretokenizers": [split, split, bytes_only]})
-    with pytest.raises(UserError, match="splits text in other steps"):
+    assert written(tmp_path)["tokenizer.ggml.pre"] == _PRE[patterns]
+    change(tmp_path, pre_tokenizer={**steps, "pretokenizers": steps["pretokenizers"] * 2})
+    with pytest.raises(UserError, match="splits text by"):
         written(tmp_path)
+
+
+def test_pieces_that_are_tokens_are_not_merged(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    for whole, name in ((True, "llama-bpe"), (False, "dbrx")):
+        settings = {**model, "ignore_merges": whole}
+        change(tmp_path, pre_tokenizer=make_steps((_LLAMA3,)), model=settings)
+        assert written(tmp_path)["tokenizer.ggml.pre"] == name
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -77,7 +90,8 @@ def test_refusals(tmp_path: Path) -> None:
     for step, words in (
         ({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, "adds a space"),
         ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, "splits text by ''"),
-        ({"type": "Whitespace"}, "splits text in other steps"),
+        ({"type": "Whitespace"}, "splits text by Whitespace"),
+        ({"type": "Digits", "individual_digits": True}, "its last step is Digits"),
     ):
         change(tmp_path, pre_tokenizer=step)
         with pytest.raises(UserError, match=words):
