@@ -14,7 +14,8 @@ from dist_peft.export.base_weights import (
     split_experts,
     split_stacks,
 )
-from dist_peft.model.experts import ExpertStack, StackPiece
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import StackPiece
 from dist_peft.quant.codec import RawCodec
 from dist_peft.store.writer import TensorSpec
 from tests.support.export_runs import make_run, stacked_mixture

@@ -68,8 +68,8 @@ class BnbFp4Packer:
         self.dtype = dtype
 
     def can_pack(self, weight: BaseWeight) -> bool:
-        """Return whether blocks end with rows; experts are no linears of bitsandbytes."""
-        return not weight.is_expert and weight.num_columns % _BLOCK == 0
+        """Return whether blocks end with rows."""
+        return weight.num_columns % _BLOCK == 0
 
     def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
         elements, name = weight.num_rows * weight.num_columns, weight.written
@@ -120,8 +120,8 @@ class BnbInt8Packer:
         self.dtype = dtype
 
     def can_pack(self, weight: BaseWeight) -> bool:
-        """Return whether it is a linear; experts are none of bitsandbytes."""
-        return not weight.is_expert
+        """Return whether it has numbers to pack, as any linear."""
+        return weight.num_columns > 0
 
     def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
         stem, shape = weight.name_stem, (weight.num_rows, weight.num_columns)

@@ -36,6 +36,7 @@ from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.export_format import PackedExport, PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.two_layouts import COMPRESSED_TENSORS
@@ -185,6 +186,8 @@ class Nvfp4Export(PackedExport):
     name = "nvfp4"
     keeps = "merged, rounded to NVFP4; codes of NVFP4 that are not adapted or were trained"
     loads_with = "transformers with compressed-tensors"
+    joins_parts = True
+    experts = ExpertLayout(dense_stacks=True)
     consumer = COMPRESSED_TENSORS
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:

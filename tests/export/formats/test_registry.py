@@ -233,7 +233,10 @@ def test_libraries_that_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIST_PEFT_LLAMACPP_PYTHON", raising=False)
     texts = {name: describe_verification(known) for name, known in FORMATS.items()}
     gguf = "llama-cpp (not installed), else transformers + gguf (installed)"
-    assert texts["gguf"] == f"{gguf}; not Gemma and mixtures, which xllamacpp compares"
+    assert (
+        texts["gguf"]
+        == f"{gguf}; not models that transformers does not read; xllamacpp compares these"
+    )
     assert texts["mlx"] == texts["mlx-adapter"] == "mlx-lm (installed)"  # in another Python
     assert texts["hf-bf16"] == "transformers (installed); or --verify blocks"
     assert texts["peft-expanded"] == "transformers + peft (peft not installed)"
