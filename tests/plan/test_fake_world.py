@@ -45,6 +45,9 @@ def test_committed_cases() -> None:
         assert_case_holds(result, ranks[name])
         wanted = PUBLISHED.get(name, result.parameters)
         assert abs(result.parameters / wanted - 1) < 0.01, name
+        assert result.read is not None or name not in PUBLISHED
+        if result.peak is not None and result.kept is not None:
+            assert result.kept <= result.peak < result.rows_most + 150 * 2**20
 
 
 @pytest.mark.e2e
