@@ -72,13 +72,17 @@ class LoraExperts(LowRankModule):
             else:
                 assert groups.tokens is not None, f"{self.path}: which tokens are dropped in?"
                 x = self.dropout.drop_rows(x, groups.tokens, groups.num_tokens)
-        A, B = self.lora_A, self.lora_B
+        return (y + self.multiply_factors(x, groups)).to(y.dtype)
+
+    def multiply_factors(self, x: Tensor, groups: RowGroups) -> Tensor:
+        """Return ``s B_e A_e x`` of rows sorted by expert, ``[n, out]``, with the factors of the
+        experts that this rank computes."""
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
         if self.factor_exchange is not None:
-            A, B = self.factor_exchange.fetch_own(A, B)  # type: ignore[assignment]
+            A, B = self.factor_exchange.fetch_own(self.lora_A, self.lora_B)
             groups = groups.select(self.base.own_experts)
-        settings = (groups, self.spec.scaling, self.spec.arithmetic)
-        change = apply_grouped_low_rank(x, A, B, *settings)
-        return (y + change).to(y.dtype)
+        return apply_grouped_low_rank(x, A, B, groups, self.spec.scaling, self.spec.arithmetic)
 
     def locate_experts(self) -> dict[str, tuple[int, Tensor]]:
         """Map the factors to the dimension and positions of each expert's part, ``[E, r]``."""

@@ -21,7 +21,6 @@ from dist_peft.adapters.low_rank.blocked_product import add_expert_products
 from dist_peft.adapters.step_hooks import ParameterAccess
 from dist_peft.core.span import Span
 from dist_peft.model.experts import ExpertStack
-from dist_peft.quant.grouped_low_rank import apply_grouped_low_rank
 from dist_peft.quant.grouped_matmul import RowGroups
 
 __all__ = ["ThroughExperts"]
@@ -37,8 +36,7 @@ class ThroughExperts(ThroughRows, LoraExperts):
         if self.start == "lora":
             return super().forward(x, groups)
         y: Tensor = self.base(x, groups)
-        settings = (groups, self.spec.scaling, self.spec.arithmetic)
-        change = apply_grouped_low_rank(x.detach(), self.lora_A, self.lora_B, *settings)
+        change = self.multiply_factors(x.detach(), groups)
         return y + (change - change.detach()).to(y.dtype)
 
     def encode_from_factors(self, name: str, access: ParameterAccess, *, count: bool) -> Tensor:
