@@ -85,7 +85,8 @@ def test_a_frozen_first_rank_is_named_by_the_others(tmp_path: Path) -> None:
     expected = (
         rf"rank 0 on {HOST}, which connects the ranks, has given no sign of life for {SECONDS} s "
         # where it was when it sent its last beat: the second step may come before the next one
-        rf"{TIME}, last in '[^']+'[^:]* (of step [12]|before the first step): it is frozen or "
+        rf"{TIME}, last in (?:'[^']+'|\"[^\"]+\")[^:]* (of step [12]|before the first step): "
+        r"it is frozen or "
         r"dead, or the network to it is cut \(stacks: .*\)"
     )
     assert ranks[0].code is None
