@@ -13,6 +13,12 @@ from dist_peft.core.log import close_log
 from tests.support.transcripts import TRANSCRIPTS, find_missing_line, read_commands, read_files
 
 
+@pytest.fixture(autouse=True)
+def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds and lines are those of transformers; llama.cpp rounds activations to 8 bits."""
+    monkeypatch.delenv("DIST_PEFT_XLLAMACPP_PYTHON", raising=False)
+
+
 def test_a_line_that_is_not_printed_is_found() -> None:
     (shown,) = read_commands("```text transcript\n$ dist-peft eval\none 1\n...\nthree 3\n```")
     assert shown.command == "dist-peft eval" and not shown.has_free_numbers

@@ -16,6 +16,12 @@ from dist_peft.export.verify_formats import ConsumerRequest
 from tests.support.export_runs import FakeRun, make_run
 
 
+@pytest.fixture(autouse=True)
+def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds and lines are those of transformers; llama.cpp rounds activations to 8 bits."""
+    monkeypatch.delenv("DIST_PEFT_XLLAMACPP_PYTHON", raising=False)
+
+
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Modules that are not installed."""

@@ -25,6 +25,13 @@ from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter
 from tests.support.export_runs import FakeRun, fork_consumers, make_run
 
+
+@pytest.fixture(autouse=True)
+def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds and lines are those of transformers; llama.cpp rounds activations to 8 bits."""
+    monkeypatch.delenv("DIST_PEFT_XLLAMACPP_PYTHON", raising=False)
+
+
 ROOT = Path(__file__).parents[3]
 ADAPTERS = {"peft", "peft-expanded", "peft-experts", "gguf-lora", "mlx-adapter"}
 QUANTIZED = sorted(FORMATS.keys() - ADAPTERS - {"hf-bf16", "awq"})  # awq: trained codes
