@@ -37,7 +37,11 @@ from dist_peft.export.formats.export_format import (
     PlannedExport,
 )
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
-from dist_peft.export.formats.two_layouts import COMPRESSED_TENSORS, TwoLayoutsExport
+from dist_peft.export.formats.two_layouts import (
+    COMPRESSED_TENSORS,
+    TwoLayoutsExport,
+    make_compressed_settings,
+)
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.export.verify_formats import Consumer, TransformersConsumer
@@ -138,14 +142,7 @@ class Fp8Packer:
             }
             return {"quantization_config": how}
         weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
-        how = {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": dense,
-        }
-        return {"quantization_config": how}
+        return make_compressed_settings("float-quantized", weights, dense)
 
 
 _TILES = TransformersConsumer(

@@ -28,7 +28,11 @@ from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.formats.expert_layout import LLAMA4_LINEARS, ExpertLayout
 from dist_peft.export.formats.export_format import PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
-from dist_peft.export.formats.two_layouts import COMPRESSED_TENSORS, TwoLayoutsExport
+from dist_peft.export.formats.two_layouts import (
+    COMPRESSED_TENSORS,
+    TwoLayoutsExport,
+    make_compressed_settings,
+)
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.export.verify_formats import Consumer, TransformersConsumer
@@ -87,14 +91,9 @@ class CompressedMxfp4Packer:
             "group_size": MXFP4_GROUP,
             "scale_dtype": "torch.uint8",
         }
-        how = {
-            "quant_method": "compressed-tensors",
-            "format": "mxfp4-pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": list_unpacked_linears(walk, unpacked),
-        }
-        return {"quantization_config": how}
+        return make_compressed_settings(
+            "mxfp4-pack-quantized", weights, list_unpacked_linears(walk, unpacked)
+        )
 
 
 class Mxfp4StackPacker:

@@ -39,7 +39,7 @@ from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.export_format import PackedExport, PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
-from dist_peft.export.formats.two_layouts import COMPRESSED_TENSORS
+from dist_peft.export.formats.two_layouts import COMPRESSED_TENSORS, make_compressed_settings
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.export.verify import Comparison, compare_logits
@@ -140,14 +140,9 @@ class Nvfp4Packer:
             "group_size": NVFP4_GROUP,
             "scale_dtype": "torch.float8_e4m3fn",
         }
-        how = {
-            "quant_method": "compressed-tensors",
-            "format": "nvfp4-pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": list_unpacked_linears(walk, unpacked),
-        }
-        return {"quantization_config": how}
+        return make_compressed_settings(
+            "nvfp4-pack-quantized", weights, list_unpacked_linears(walk, unpacked)
+        )
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from dist_peft.export.formats.integer_zero import (
     pack_along_rows,
     quantize_integer_zeros,
 )
+from dist_peft.export.formats.two_layouts import make_compressed_settings
 from dist_peft.export.merged_weights import MergedWeights, State
 from dist_peft.export.model_directory import TensorPiece, WeightPacker, list_unpacked_linears
 from dist_peft.export.verify_formats import TransformersConsumer
@@ -95,15 +96,8 @@ class CompressedTensorsPacker(IntegerZeroPacker):
             "strategy": "group",
             "group_size": self.codec.group_size,
         }
-        return {
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "quantization_status": "compressed",
-                "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-                "ignore": list_unpacked_linears(walk, unpacked),
-            }
-        }
+        dense = list_unpacked_linears(walk, unpacked)
+        return make_compressed_settings("pack-quantized", weights, dense)
 
 
 class SymmetricTensorsPacker(CompressedTensorsPacker):
